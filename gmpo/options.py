@@ -1,0 +1,129 @@
+"""How an option is declared: its default, its legal values and what it does, in one place.
+
+Every stage's `settings.py` is a dataclass whose fields are made by `option`.  `check_options` holds the legal values,
+`docs/configuration.md` prints the help texts, and the command line shows them.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+class Rules(dict):
+    """What `option` declares of a field.  HfArgumentParser gives a *copy* to argparse, which knows `help` alone."""
+
+    def copy(self) -> dict[str, str]:
+        return {"help": self["help"].replace("%", "%%")}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    later: bool = False,
+) -> Any:
+    """A dataclass field with its help text and legal values.
+
+    Args:
+        default: Also legal, whatever the bounds say (`None` for "off").
+        help: One or two sentences for the documentation and `gmpo train --help`.
+        choices: The only legal values.
+        low, high: Bounds, inclusive.
+        low_open: The lower bound itself is illegal.
+        later: The machinery is not there yet: anything but the default is refused.
+    """
+    metadata = Rules(
+        help=help,
+        choices=tuple(choices) if choices is not None else None,
+        low=low,
+        high=high,
+        low_open=low_open,
+        later=later,
+    )
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(settings: Any) -> None:
+    """Raise a ValueError for the first option of `settings` whose value is not legal."""
+    for field in dataclasses.fields(settings):
+        if "low" in field.metadata:
+            check_option(field, getattr(settings, field.name), declared_type(settings, field.name))
+
+
+def declared_type(settings: Any, name: str) -> str:
+    """The type of an option as its class declares it.  `field.type` won't do: HfArgumentParser overwrites it."""
+    for owner in type(settings).__mro__:
+        annotations = inspect.get_annotations(owner)
+        if name in annotations:
+            declared = annotations[name]
+            return declared.__name__ if isinstance(declared, type) else str(declared)
+    raise AttributeError(f"{type(settings).__name__} declares no option {name!r}.")
+
+
+def check_option(field: dataclasses.Field, value: Any, declared: str) -> None:
+    """Raise a ValueError that names the option, what was got and what to use, unless `value` is legal.
+
+    Args:
+        declared: Its type, as `declared_type` gives it.
+    """
+    if value == field.default and type(value) is type(field.default):
+        return
+    rules = field.metadata
+    if rules["later"]:
+        raise ValueError(f"{field.name}={value!r} is not available yet. Leave it at {field.default!r}.")
+    if value is None:
+        if "None" not in declared:
+            raise ValueError(f"{field.name}=None is not allowed. The default is {field.default!r}.")
+        return
+    if rules["choices"] is not None and value not in rules["choices"]:
+        listed = ", ".join(repr(choice) for choice in rules["choices"])
+        raise ValueError(f"{field.name}={value!r} is not one of {listed}.")
+    check_type(field, value, declared)
+    if rules["low"] is not None or rules["high"] is not None:
+        check_range(field, value)
+
+
+def check_type(field: dataclasses.Field, value: Any, declared: str) -> None:
+    numeric = "int" in declared or "float" in declared
+    if numeric and "list" not in declared and "dict" not in declared and "str" not in declared:
+        whole = "float" not in declared
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            kind = "a whole number" if whole else "a number"
+            raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not {kind}.")
+    if declared == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not True or False.")
+    if declared.startswith("dict") and not isinstance(value, dict):
+        raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not a dict (or a JSON object).")
+
+
+def check_range(field: dataclasses.Field, value: float) -> None:
+    low, high, low_open = field.metadata["low"], field.metadata["high"], field.metadata["low_open"]
+    fits = value == value  # NaN fits nowhere
+    fits = fits and (low is None or (value > low if low_open else value >= low))
+    fits = fits and (high is None or value <= high)
+    if not fits:
+        lower = "" if low is None else f"above {low}" if low_open else f"at least {low}"
+        upper = "" if high is None else f"at most {high}"
+        raise ValueError(
+            f"{field.name}={value!r} is out of range: it must be {' and '.join(filter(None, (lower, upper)))}."
+        )
+
+
+def parse_dicts(settings: Any) -> None:
+    """Replace JSON strings by what they say in every option that holds a dict (the command line passes strings)."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        is_option = "low" in field.metadata
+        if is_option and isinstance(value, str) and declared_type(settings, field.name).startswith("dict"):
+            try:
+                setattr(settings, field.name, json.loads(value))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{field.name}={value!r} is not a JSON object: {error}.") from None
