@@ -1,0 +1,25 @@
+"""CISPO: REINFORCE on every token, weighted by a capped ratio that carries no gradient."""
+
+import torch
+
+from gmpo.objective.aggregate import row_mean
+from gmpo.objective.inputs import Surrogate, SurrogateInputs
+from gmpo.objective.tokens import charged, log_weights
+
+
+def cispo(x: SurrogateInputs, *, epsilon_high: float, importance_sampling_level: str = "token") -> Surrogate:
+    """Cost of a token: -sg(min(w, epsilon_high)) A logp.  Capped tokens keep a gradient; none is ever dropped.
+
+    Args:
+        epsilon_high: Cap of the ratio itself, not of its distance from 1; for example 5.0.
+
+    Source: MiniMax-M1, arXiv:2506.13585; a cap of 5: ScaleRL, arXiv:2510.13786.
+    """
+    uncapped = log_weights(x, importance_sampling_level).detach().exp()
+    weight = uncapped.clamp(max=epsilon_high)
+    return Surrogate(
+        loss=charged(x, -weight * x.advantages * x.logps),
+        capped_low=torch.zeros_like(x.select),
+        capped_high=x.select & (uncapped > epsilon_high),
+        ratio=row_mean(weight, x.select),
+    )

@@ -1,0 +1,27 @@
+"""What the members that charge each token have in common."""
+
+import torch
+from torch import Tensor
+
+from gmpo.objective.aggregate import row_mean
+from gmpo.objective.inputs import SurrogateInputs
+
+EXPONENT_LIMIT = 80.0  # exp(80) = 5.5e34 and exp(-80) are normal numbers in float32
+
+LOG_WEIGHTS = {
+    "token": lambda x: x.log_ratio,
+    "sequence": lambda x: row_mean(x.log_ratio, x.mask),  # GSPO, arXiv:2507.18071
+}
+
+
+def log_weights(x: SurrogateInputs, level: str) -> Tensor:
+    """[B, T]: log w of every selected token, 0 elsewhere, so that no exponential of an unselected one can overflow.
+
+    level: "token" takes the token's own log-ratio, "sequence" the mean over the completion.
+    """
+    return torch.where(x.select, LOG_WEIGHTS[level](x), 0)
+
+
+def charged(x: SurrogateInputs, cost: Tensor) -> Tensor:
+    """[B, T]: what the selected tokens cost after the sampler/trainer correction, 0 elsewhere."""
+    return torch.where(x.select, cost * x.correction, 0)
