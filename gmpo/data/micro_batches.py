@@ -1,0 +1,40 @@
+"""Which rows of a collection each micro-step trains on."""
+
+import torch
+from torch import Tensor
+
+
+def split_into_micro_batches(group: Tensor, *, rows: int, passes: int, seed: int) -> list[Tensor]:
+    """Row indices of every micro-batch of a collection.
+
+    Each pass goes over all rows once, in a fresh order of whole groups: a group is never torn further apart than a
+    micro-batch's size makes it.
+
+    Args:
+        group: [N] int64, the group of each row; rows of a group are contiguous.
+        rows: Rows of one micro-batch; divides N.
+        passes: num_iterations.
+        seed: Names the order.
+
+    Returns:
+        passes * N / rows tensors of `rows` int64 indices.
+    """
+    assert len(group) % rows == 0, (len(group), rows)
+    generator = torch.Generator().manual_seed(seed)
+    _, sizes = torch.unique_consecutive(group, return_counts=True)
+    groups = torch.split(torch.arange(len(group)), sizes.tolist())
+    micro_batches: list[Tensor] = []
+    for _ in range(passes):
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        micro_batches += torch.cat([groups[i] for i in order]).split(rows)
+    return micro_batches
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed in [0, 2**63) out of several numbers; other numbers give an unrelated stream."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 31)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 29
+    return state % 2**63

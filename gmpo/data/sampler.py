@@ -1,0 +1,157 @@
+"""Which rows every rank gets, and when: groups contiguous, each collection served as often as it is trained on.
+
+A micro-step's data is a `Rows`: this rank's part of the current collection and the number of the micro-step within it.
+It says itself where it belongs, so skipping batches on a resume or reading ahead in workers can't shift anything.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one rank's share of a collection, each as often as it has completions here."""
+
+    position: int  # micro-step within the collection, from 0; at 0 the collection is made
+    first: int  # index of the first row within the collection over all ranks
+    rows: list[dict[str, Any]]  # rows of a group are one dict object
+    encoded: dict[str, Any] = field(default_factory=dict)  # what evaluation found out on the way, for `compute_metrics`
+
+    def __getitem__(self, name: str) -> Any:
+        return self.encoded[name]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionPlan:
+    """The arithmetic of a collection."""
+
+    group_size: int  # completions per prompt
+    rows: int  # completions over all ranks
+    micro_steps: int  # how often the collection is served: steps_per_generation * num_iterations
+
+    @property
+    def prompts(self) -> int:
+        return self.rows // self.group_size
+
+    def require(self, available: int) -> None:
+        """Raise a ValueError if `available` prompts do not fill one collection."""
+        if available < self.prompts:
+            raise ValueError(
+                f"The training set has {available} prompt(s), but one collection needs {self.prompts} "
+                f"(generation_batch_size={self.rows} / num_generations={self.group_size}). Add prompts, or lower "
+                f"generation_batch_size (steps_per_generation) to at most {max(available, 1) * self.group_size}."
+            )
+
+
+def epoch_order(size: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
+    """Row indices in the order of this epoch, a function of the arguments alone: a resumed run sees the same."""
+    if not shuffle:
+        return list(range(size))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+class CollectionSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of keys (position, first, row index) for `KeyedRows`; prompts that do not fill a collection are left out.
+
+    Every collection is emitted `micro_steps` times, and each time as one batch per rank, in rank order: what
+    `accelerate` hands to the ranks in turn.
+    """
+
+    def __init__(self, size: int, plan: CollectionPlan, *, ranks: int, seed: int, shuffle: bool):
+        plan.require(size)
+        self.size, self.plan, self.ranks, self.seed, self.shuffle = size, plan, ranks, seed, shuffle
+        self.batch_size = plan.rows // ranks
+        self.drop_last = True
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.plan.prompts * self.plan.micro_steps * self.ranks
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        order = epoch_order(self.size, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
+        for start in range(0, self.size - self.plan.prompts + 1, self.plan.prompts):
+            prompts = order[start : start + self.plan.prompts]
+            rows = [index for index in prompts for _ in range(self.plan.group_size)]
+            for position in range(self.plan.micro_steps):
+                for first in range(0, len(rows), self.batch_size):
+                    yield [(position, first, index) for index in rows[first : first + self.batch_size]]
+
+
+class KeyedRows(Dataset):
+    """A map-style dataset behind the keys of `CollectionSampler`; each distinct row is read once per batch."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[tuple[int, int, dict[str, Any]]]:
+        distinct = {index: dict(self.dataset[index]) for index in {index for _, _, index in keys}}
+        return [(position, first, distinct[index]) for position, first, index in keys]
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, int, dict[str, Any]]:
+        return self.__getitems__([key])[0]
+
+
+class StreamedRows(IterableDataset):
+    """An iterable dataset cut into collections: the same items as `KeyedRows` gives, in the same order."""
+
+    def __init__(self, dataset: Any, plan: CollectionPlan, *, ranks: int):
+        self.dataset, self.plan, self.ranks = dataset, plan, ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        per_rank = self.plan.rows // self.ranks
+        prompts: list[dict[str, Any]] = []
+        for row in self.dataset:
+            prompts.append(dict(row))
+            if len(prompts) < self.plan.prompts:
+                continue
+            rows = [row for row in prompts for _ in range(self.plan.group_size)]
+            for position in range(self.plan.micro_steps):
+                for number, row in enumerate(rows):
+                    yield position, number // per_rank * per_rank, row
+            prompts = []
+
+
+class EvalSampler(Sampler[list[tuple[int, int, int]]]):
+    """One rank's keys for evaluation: every prompt once, whole groups per global batch, in the dataset's order.
+
+    The last batch may be short; ranks that have no row of it get an empty one, so that all ranks take the same number
+    of steps and no row is counted twice.
+    """
+
+    def __init__(self, size: int, plan: CollectionPlan, *, rank: int, ranks: int, drop_last: bool = False):
+        self.size = size - size % plan.prompts if drop_last else size
+        self.plan, self.rank, self.ranks = plan, rank, ranks
+
+    def __len__(self) -> int:
+        return -(-self.size // self.plan.prompts)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        per_rank = self.plan.rows // self.ranks
+        first = self.rank * per_rank
+        for start in range(0, self.size, self.plan.prompts):
+            prompts = range(start, min(start + self.plan.prompts, self.size))
+            rows = [index for index in prompts for _ in range(self.plan.group_size)]
+            yield [(start, first, index) for index in rows[first : first + per_rank]]
+
+
+def as_rows(items: list[tuple[int, int, dict[str, Any]]]) -> Rows:
+    """The data loader's collate function."""
+    if not items:
+        return Rows(position=0, first=0, rows=[])
+    position, first, _ = items[0]
+    return Rows(position=position, first=first, rows=[row for _, _, row in items])

@@ -1,0 +1,33 @@
+"""Options of the data stage: how rows become groups, collections and micro-batches."""
+
+from dataclasses import dataclass
+
+from gmpo.options import option
+
+
+@dataclass
+class DataSettings:
+    num_generations: int = option(8, "Completions per prompt: the group that an advantage is relative to.", low=2)
+    num_generations_eval: int | None = option(
+        None, "Completions per prompt in evaluation; None takes num_generations.", low=1
+    )
+    generation_batch_size: int | None = option(
+        None,
+        "Completions of one collection over all ranks. Give this or steps_per_generation, not both.",
+        low=1,
+    )
+    steps_per_generation: int | None = option(
+        None,
+        "Micro-batches that one collection is cut into; None takes gradient_accumulation_steps. More of them than "
+        "gradient_accumulation_steps give several optimizer steps per collection, which is where clipping acts.",
+        low=1,
+    )
+    num_iterations: int = option(1, "Passes over each collection.", low=1)
+    shuffle_dataset: bool | None = option(True, "Visit the prompts in a seeded order, a fresh one each epoch.")
+    zero_signal_groups: str = option(
+        "skip",
+        "What to do with groups whose rewards are all equal: 'skip' their forward and backward when that is exact (no "
+        "KL, entropy bonus or auxiliary loss), denominators unchanged; 'keep' them; 'resample' other prompts instead.",
+        choices=("skip", "keep", "resample"),
+    )
+    max_resamples: int = option(3, "With zero_signal_groups='resample': further draws per collection, at most.", low=1)
