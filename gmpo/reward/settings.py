@@ -1,0 +1,45 @@
+"""Options of the reward stage: from scores to advantages."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gmpo.options import option
+
+
+@dataclass
+class RewardSettings:
+    reward_weights: list[float] | None = option(None, "Weight of each reward source; None weighs all of them 1.")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize",
+        "'sum_then_normalize' weighs and adds the sources, then takes the advantage in the group; "
+        "'normalize_then_sum' normalises each source in its group first (GDPO).",
+        choices=("sum_then_normalize", "normalize_then_sum"),
+    )
+    scale_rewards: str = option(
+        "group",
+        "Divide the centred rewards by the standard deviation of the 'group' or of the 'batch', or by nothing "
+        "('none', as in Dr. GRPO). True means 'group', False 'none'.",
+        choices=("group", "batch", "none"),
+    )
+
+
+def check_rewards(settings: RewardSettings) -> None:
+    """Raise a ValueError if the options, each legal, do not go together."""
+    if settings.multi_objective_aggregation == "normalize_then_sum" and settings.scale_rewards != "group":
+        raise ValueError(
+            f"scale_rewards={settings.scale_rewards!r} has no effect with multi_objective_aggregation="
+            "'normalize_then_sum', which normalises in the group and then over all rows. Leave it at 'group'."
+        )
+    weights = settings.reward_weights
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward_weights={weights!r} must be finite numbers.")
+
+
+def check_weights(reward_weights: Sequence[float] | None, num_sources: int) -> None:
+    """Raise a ValueError unless there is one weight per source (or none at all)."""
+    if reward_weights is not None and len(reward_weights) != num_sources:
+        raise ValueError(
+            f"reward_weights={list(reward_weights)!r} has {len(reward_weights)} weights for {num_sources} reward "
+            "source(s): the numbers must match. Give one weight per reward function."
+        )
