@@ -1,0 +1,186 @@
+"""The vocabulary head of a model: where it is, what follows it, and how to put something else in its place.
+
+What a model does to its logits after the head (a scale, a soft cap) is found by sending known numbers through the
+model, whatever its configuration calls it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """What happens to the output of a head until it is a logit of the sampled distribution.
+
+    logit = cap * tanh(slope * output / cap) / temperature; without a cap: slope * output / temperature
+    """
+
+    slope: float = 1.0
+    cap: float = math.inf
+    temperature: float = 1.0
+
+    def __call__(self, output: Tensor) -> Tensor:
+        if math.isinf(self.cap):
+            return output * (self.slope / self.temperature)
+        return torch.tanh(output * (self.slope / self.cap)) * (self.cap / self.temperature)
+
+
+PLAIN = Transform()
+
+
+class Float32Head(nn.Linear):
+    """A linear head that computes in float32, whatever its weights, its input and autocast are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The causal language model inside of DDP, FSDP, DeepSpeed, torch.compile and adapters."""
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):
+            return model.get_base_model()  # pyright: ignore
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` runs without dropout and gradients; its mode and random numbers are put back after."""
+    training = [module for module in model.modules() if module.training]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits.
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    causal = unwrapped(model)
+    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None  # pyright: ignore
+    if head is None:
+        raise ValueError(
+            f"{type(causal).__name__} has no output embeddings (get_output_embeddings() is None). "
+            "Give a causal language model, such as AutoModelForCausalLM loads."
+        )
+    return head
+
+
+def cast_head_to_float32(model: nn.Module) -> None:
+    """Make the head of `model` compute in float32; an untied head also stores its weights so."""
+    head = find_head(model)
+    linear = getattr(head, "base_layer", head)
+    if type(linear) not in (nn.Linear, Float32Head):
+        raise ValueError(
+            f"cast_lm_head_to_fp32=True needs a linear head, and {type(unwrapped(model)).__name__} has a "
+            f"{type(linear).__name__}. Leave the option out."
+        )
+    embedding = unwrapped(model).get_input_embeddings()  # pyright: ignore
+    if getattr(embedding, "weight", None) is not linear.weight:
+        linear.float()
+    linear.__class__ = Float32Head
+
+
+@contextmanager
+def replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block, calling `head` runs its hooks (which gather sharded weights) around `forward`."""
+    before = vars(head).get("forward")
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def alone(model: nn.Module) -> nn.Module:
+    """`model` without DDP, whose forward pass may wait for that of other ranks."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def find_transform(model: nn.Module, device: torch.device, temperature: float) -> Transform:
+    """Scale and soft cap that `model` applies to the output of its head, measured with one token.
+
+    Raises:
+        ValueError: If the model does something else to its logits, or does not call its head.
+    """
+    name = type(unwrapped(model)).__name__
+    head = Head(find_head(model))
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    probe = torch.tensor([0.0, 2**-30, -0.1, 0.5, -1.0, 3.0, -10.0, 30.0, -100.0, 1e3, 1e6], dtype=wide, device=device)
+    given = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        given.append(probe[None, :, None].repeat(1, 1, head.vocabulary))
+        return given[0]
+
+    with undisturbed(model), replaced(head.module, forward):
+        token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        answer = alone(model)(input_ids=token, use_cache=False).logits
+    if not given:
+        raise ValueError(f"{name} does not call its output embeddings to make logits: it can't be scored.")
+    if answer.shape == given[0].shape and torch.equal(answer, answer[..., :1].expand_as(answer)):
+        answer = answer[0, :, 0].to(wide)
+        slope, last = (answer[1] / probe[1]).item(), answer[-1].item()
+        cap = last if last < 0.5 * slope * probe[-1].item() else math.inf
+        if torch.allclose(Transform(slope, cap)(probe), answer, rtol=1e-5, atol=1e-9):
+            return Transform(slope, cap, temperature)
+    raise ValueError(
+        f"{name} does something to its logits that is neither a scale nor a soft cap. Its log-probs can't be computed "
+        "in tiles."
+    )
+
+
+class Head:
+    """A head as it is now: `forward` is its own even while another one is put in its place."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.forward = module, module.forward
+        # a matrix product and nothing else: no adapter, no quantization, no forward that someone put there
+        plain = type(module) in (nn.Linear, Float32Head) and "forward" not in vars(module)
+        self.linear = cast(nn.Linear, module) if plain else None
+
+    @property
+    def vocabulary(self) -> int:
+        widths = [inner.out_features for inner in self.module.modules() if hasattr(inner, "out_features")]
+        return max(widths or [len(parameter) for parameter in self.module.parameters()])
+
+
+def computing_dtype(hidden: Tensor, head: nn.Linear) -> torch.dtype:
+    """In which the head's product is computed: as the module would, under autocast too."""
+    if isinstance(head, Float32Head):
+        return torch.float32
+    if torch.is_autocast_enabled(hidden.device.type):
+        return working_dtype(hidden)
+    return torch.promote_types(hidden.dtype, head.weight.dtype)
+
+
+def working_dtype(hidden: Tensor) -> torch.dtype:
+    """In which products with `hidden` are computed, here and now."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype

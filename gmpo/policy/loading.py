@@ -1,0 +1,189 @@
+"""From a name, a path or a model to the policy: a causal language model with something to train."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gmpo.policy.head import cast_head_to_float32
+from gmpo.policy.settings import PolicySettings
+
+
+def load_policy(
+    model: str | os.PathLike | nn.Module,
+    settings: PolicySettings,
+    *,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+) -> nn.Module:
+    """The policy, ready to be trained: a `PreTrainedModel`, or a `PeftModel` around one.
+
+    Args:
+        model: A hub name, a directory (of a model or of an adapter), or a model, which is used as it is.
+        settings: `model_init_kwargs`, `trust_remote_code`, `disable_dropout`, `cast_lm_head_to_fp32`.
+        quantization_config: Loads a model given by name with these quantized weights.
+        peft_config: Puts a new adapter on the model.
+
+    Raises:
+        TypeError: If `model` or `peft_config` is of another kind.
+        ValueError: If options contradict each other, a path does not exist, or nothing in the model can be trained.
+    """
+    if isinstance(model, str | os.PathLike):
+        policy = _load_by_name(os.fspath(model), settings, quantization_config)
+    else:
+        policy = _check_model(model, settings, quantization_config)
+    if peft_config is not None:
+        policy = _add_adapter(policy, peft_config)
+    if settings.disable_dropout:
+        disable_dropout(policy)
+    if settings.cast_lm_head_to_fp32:
+        cast_head_to_float32(policy)
+    _check_trainable(policy)
+    return policy
+
+
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding on the left; its padding token is the end-of-sequence token if it has none."""
+    check_path(name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, trust_remote_code=trust_remote_code, revision=revision or "main", padding_side="left"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_path(name: str) -> None:
+    """Raise a ValueError if `name` can only be a path, and nothing is there."""
+    looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
+    if looks_local and not Path(name).expanduser().exists():
+        raise ValueError(
+            f"model={name!r} looks like a path, but nothing is there (working directory: {os.getcwd()}). "
+            "Give an existing directory, or the name of a model on the hub."
+        )
+
+
+def init_keywords(settings: PolicySettings) -> dict[str, Any]:
+    """Keywords for from_pretrained out of the settings: `model_init_kwargs`, float32 unless they name a dtype."""
+    keywords = settings.model_init_kwargs or {}
+    keywords = json.loads(keywords) if isinstance(keywords, str) else dict(keywords)
+    dtype = keywords.pop("torch_dtype", None)
+    keywords["dtype"] = _checked_dtype(keywords.get("dtype", dtype))
+    keywords.setdefault("trust_remote_code", settings.trust_remote_code)
+    return keywords
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of `model` to 0: the modules, and the rates that attention layers keep as numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+
+
+def _checked_dtype(dtype: Any) -> torch.dtype | str:
+    if dtype is None:
+        return torch.float32
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto":
+        return "auto"
+    if isinstance(named, torch.dtype):
+        return named
+    raise ValueError(
+        f"model_init_kwargs['dtype']={dtype!r} is not a dtype. Use 'auto', or one like 'float32' or 'bfloat16'."
+    )
+
+
+def _load_by_name(name: str, settings: PolicySettings, quantization_config: Any) -> nn.Module:
+    check_path(name)
+    keywords = init_keywords(settings)
+    if quantization_config is not None:
+        if "quantization_config" in keywords:
+            raise ValueError(
+                "quantization_config is given twice: as an argument and in model_init_kwargs. Give it once."
+            )
+        keywords["quantization_config"] = quantization_config
+    if keywords.get("quantization_config") is not None:
+        _check_quantization()
+        keywords.setdefault("device_map", {"": torch.cuda.current_device()})
+    adapter = Path(name).expanduser() / "adapter_config.json"
+    if adapter.exists():
+        return _load_adapter(adapter, keywords)
+    return AutoModelForCausalLM.from_pretrained(name, **keywords)
+
+
+def _load_adapter(description: Path, keywords: dict[str, Any]) -> nn.Module:
+    """The base model that an adapter's own description names, with that adapter, trainable."""
+    from peft import PeftModel
+
+    base_name = json.loads(description.read_text())["base_model_name_or_path"]
+    base = AutoModelForCausalLM.from_pretrained(base_name, **keywords)
+    return PeftModel.from_pretrained(base, str(description.parent), is_trainable=True)
+
+
+def _check_quantization() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "quantization_config needs bitsandbytes, which is not installed. Run `pip install gmpo[quantization]`, "
+            "or load the model without quantization."
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "quantization_config needs a CUDA device, and this machine has none. Load the model without quantization."
+        )
+
+
+def _check_model(model: Any, settings: PolicySettings, quantization_config: Any) -> nn.Module:
+    if not (isinstance(model, PreTrainedModel) or is_adapted(model)):
+        raise TypeError(f"model is a {type(model).__name__}: give a name, a path, a PreTrainedModel or a PeftModel.")
+    if settings.model_init_kwargs:
+        raise ValueError(
+            f"model_init_kwargs={settings.model_init_kwargs!r} is for a model given by name, and model is a "
+            f"{type(model).__name__}. Pass these keywords where you load it, and leave model_init_kwargs out."
+        )
+    if quantization_config is not None:
+        raise ValueError(
+            f"quantization_config is for a model given by name, and model is a {type(model).__name__}. "
+            "Pass it where you load the model."
+        )
+    return model
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether `model` is a PeftModel (without importing peft: a PeftModel can't exist before it is imported)."""
+    return any(kind.__name__ == "PeftModel" and kind.__module__.startswith("peft") for kind in type(model).__mro__)
+
+
+def _add_adapter(policy: nn.Module, peft_config: Any) -> nn.Module:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("peft_config needs peft, which is not installed. Run `pip install gmpo[peft]`.")
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config is a {type(peft_config).__name__}: give a PeftConfig, such as LoraConfig(...).")
+    if is_adapted(policy):
+        raise ValueError(
+            "peft_config asks for a new adapter, and model has one already. Give the model without its adapter "
+            "(or merged with it: model.merge_and_unload()), or leave peft_config out to train the adapter it has."
+        )
+    assert isinstance(policy, PreTrainedModel)
+    return get_peft_model(policy, peft_config)
+
+
+def _check_trainable(policy: nn.Module) -> None:
+    if any(parameter.requires_grad for parameter in policy.parameters()):
+        return
+    if is_adapted(policy):
+        remedy = "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+    else:
+        remedy = "Set requires_grad on what is to be trained, or pass a peft_config."
+    raise ValueError(f"No parameter of the model ({type(policy).__name__}) can be trained. {remedy}")

@@ -1,0 +1,225 @@
+"""Log-probs and entropies out of hidden states: the vocabulary head, a tile of rows at a time.
+
+[N, V] logits never exist for more than one tile.  A tile's logits stay in the dtype in which the head computes them;
+what is made of them is made in float32 (float64 for float64), a few rows at a time, so that passes stay in the cache.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gmpo.policy.head import PLAIN, Head, Transform, computing_dtype
+
+TILE_BYTES = 256 * 2**20  # of the logits of one tile on a CPU
+TILE_SHARE = 0.03  # of the memory of an accelerator
+SOME_VOCABULARY = 8192  # columns of a 16-bit weight gradient that are added up at once
+
+
+def token_scores(
+    hidden: Tensor, head: Head, targets: Tensor, transform: Transform = PLAIN, *, want_entropy_grad: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution.
+
+    The backward pass computes the logits of a tile again, unless the head is frozen: then the forward pass keeps, for
+    each row, the direction in the space of hidden states in which its log-prob grows.
+
+    Args:
+        hidden: [N, H] what the head gets.
+        head: Maps [n, H] to [n, V], row by row.
+        targets: [N] int64.
+        want_entropy_grad: Whether the entropies carry gradients too.
+
+    Returns:
+        logps, entropy: [N] nats, in float32, or in float64 for float64 logits.
+    """
+    if head.linear is not None:
+        weight, bias, dtype = head.linear.weight, head.linear.bias, computing_dtype(hidden, head.linear)
+        trained = any(p is not None and p.requires_grad for p in (weight, bias))
+        how = _LinearScores if trained or want_entropy_grad or not torch.is_grad_enabled() else _FrozenScores
+        logps, entropy = how.apply(hidden, weight, bias, targets, dtype, transform)
+    else:
+        rows = tile_rows(head.vocabulary, 4, hidden.device)
+        parts = [
+            checkpoint(_module_scores, head, part, target, transform, use_reentrant=False)
+            for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        logps, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logps, entropy if want_entropy_grad else entropy.detach()
+
+
+def tile_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Rows of logits in a tile."""
+    size = TILE_BYTES
+    if device.type == "cuda":
+        size = max(size, int(TILE_SHARE * torch.cuda.get_device_properties(device).total_memory))
+    return max(1, size // (vocabulary * itemsize))
+
+
+def _module_scores(head: Head, hidden: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    output = head.forward(hidden)
+    every = transform(output if output.dtype == torch.float64 else output.float()).log_softmax(-1)
+    logps = every.gather(-1, targets[:, None]).squeeze(-1)
+    return logps, -(every.exp() * every).sum(-1)
+
+
+class LinearTiles:
+    """Scores of tiles of rows under a linear head and, right after, the gradients of the tile that was scored last."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transform: Transform):
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.narrow = dtype != self.wide
+        self.weight = weight.to(dtype)  # [V, H]
+        self.bias = None if bias is None else bias.to(self.wide)  # [V]
+        self.transform = transform
+        self.rows = tile_rows(len(weight), dtype.itemsize, weight.device)
+        self._buffer = self.weight.new_empty((0, len(weight)))
+
+    def scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the targets and entropies, [r], of r hidden states [r, H]."""
+        self.hidden, self.targets = hidden.to(self.weight.dtype), targets[:, None]
+        if len(self._buffer) < len(hidden):
+            self._buffer = self.weight.new_empty((len(hidden), len(self.weight)))
+        self.outputs = torch.mm(self.hidden, self.weight.T, out=self._buffer[: len(hidden)])
+        self.normalizer = self.weight.new_empty((len(hidden), 1), dtype=self.wide)
+        self.entropy, logps = torch.empty_like(self.normalizer), torch.empty_like(self.normalizer)
+        for rows in self._runs():
+            logits = self._logits(rows)
+            target = logits.gather(-1, self.targets[rows])
+            peak = logits.amax(-1, keepdim=True)
+            shares = logits.sub_(peak).exp()
+            total = shares.sum(-1, keepdim=True)
+            log_total = total.log()
+            self.normalizer[rows] = peak + log_total
+            self.entropy[rows] = log_total - shares.mul_(logits).sum(-1, keepdim=True) / total
+            logps[rows] = target - self.normalizer[rows]
+        return logps.squeeze(-1), self.entropy.squeeze(-1)
+
+    def gradients(
+        self, into_logps: Tensor, into_entropy: Tensor | None, into_weight: Tensor | None, into_bias: Tensor | None
+    ) -> Tensor:
+        """Carry gradients on from the scores ([r]) of the tile scored last; its logits are used up.
+
+        Args:
+            into_weight, into_bias: [V, H] and [V] in the wide dtype, to which theirs are added; None: frozen.
+
+        Returns:
+            [r, H] with respect to the hidden states, in the wide dtype.
+        """
+        scale = None
+        if self.narrow:  # 16-bit floats lose what is small
+            scale = into_logps.abs().amax() + (0.0 if into_entropy is None else into_entropy.abs().amax()) + 1e-30
+            into_logps, into_entropy = into_logps / scale, None if into_entropy is None else into_entropy / scale
+        self._outputs_to_gradient(into_logps, into_entropy)
+        if into_bias is not None:
+            into_bias.add_(self.outputs.sum(0, dtype=self.wide) if scale is None else self.outputs.sum(0) * scale)
+        if scale is None:
+            if into_weight is not None:
+                into_weight.addmm_(self.outputs.T, self.hidden)
+            return self.outputs @ self.weight
+        if into_weight is not None:
+            columns = self.outputs.split(SOME_VOCABULARY, dim=1)
+            for part, column in zip(into_weight.split(SOME_VOCABULARY), columns, strict=True):
+                part += (column.T @ self.hidden).to(self.wide) * scale
+        return (self.outputs @ self.weight).to(self.wide) * scale
+
+    def _outputs_to_gradient(self, into_logps: Tensor, into_entropy: Tensor | None) -> None:
+        """Turn the outputs of the head into the gradients with respect to them.
+
+        d logp / d logit_j = [j is the target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
+        """
+        for rows in self._runs():
+            log_p = self._logits(rows)
+            slope = self._slope(log_p)
+            log_p -= self.normalizer[rows]
+            gradient = log_p.exp()
+            if into_entropy is None:
+                gradient *= -into_logps[rows, None]
+            else:
+                weight = into_entropy[rows, None]
+                gradient *= log_p.add_(self.entropy[rows]).mul_(weight).add_(into_logps[rows, None]).neg_()
+            gradient.scatter_add_(-1, self.targets[rows], into_logps[rows, None])
+            self.outputs[rows] = gradient.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else gradient
+
+    def _logits(self, rows: slice) -> Tensor:
+        """Of the sampled distribution, from the outputs of the head; a copy."""
+        outputs = self.outputs[rows]
+        outputs = outputs.to(self.wide, copy=True) if self.bias is None else outputs + self.bias
+        scale = self.transform.slope / self.transform.temperature
+        if math.isinf(self.transform.cap):
+            return outputs.mul_(scale) if scale != 1.0 else outputs
+        outputs.mul_(self.transform.slope / self.transform.cap).tanh_()
+        return outputs.mul_(self.transform.cap / self.transform.temperature)
+
+    def _slope(self, logits: Tensor) -> Tensor | float:
+        """d logit / d output."""
+        scale = self.transform.slope / self.transform.temperature
+        if math.isinf(self.transform.cap):
+            return scale
+        tanh = logits * (self.transform.temperature / self.transform.cap)
+        return tanh.square_().neg_().add_(1.0).mul_(scale)
+
+    def _runs(self) -> list[slice]:
+        """Rows of the tile to treat at once."""
+        size = 4 * 2**20 if self.weight.device.type == "cpu" else 64 * 2**20
+        step = max(1, size // (len(self.weight) * self.wide.itemsize))
+        return [slice(start, start + step) for start in range(0, len(self.hidden), step)]
+
+
+class _LinearScores(torch.autograd.Function):
+    """Forward: tiles of logits, thrown away.  Backward: the same tiles again, turned into their gradients in place."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, dtype, transform):
+        ctx.set_materialize_grads(False)
+        ctx.options = dtype, transform
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = LinearTiles(weight, bias, dtype, transform)
+            parts = zip(hidden.split(tiles.rows), targets.split(tiles.rows), strict=True)
+            logps, entropies = zip(*(tiles.scores(part, target) for part, target in parts), strict=True)
+        return torch.cat(logps), torch.cat(entropies)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = LinearTiles(weight, bias, *ctx.options)
+            into_weight = torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
+            into_bias = torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
+            into_hidden = torch.empty_like(hidden)
+            for start in range(0, len(hidden), tiles.rows):
+                rows = slice(start, start + tiles.rows)
+                tiles.scores(hidden[rows], targets[rows])
+                into_logps, into_entropy = (None if grad is None else grad[rows] for grad in grad_outputs)
+                if into_logps is None:
+                    into_logps = torch.zeros_like(tiles.entropy).squeeze(-1)
+                into_hidden[rows] = tiles.gradients(into_logps, into_entropy, into_weight, into_bias)
+        into_weight = None if into_weight is None else into_weight.to(weight.dtype)
+        into_bias = None if into_bias is None else into_bias.to(bias.dtype)
+        return into_hidden, into_weight, into_bias, None, None, None
+
+
+class _FrozenScores(torch.autograd.Function):
+    """Forward: for each row, the direction in which its log-prob grows.  Backward: that times its gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, dtype, transform):
+        logps, entropies, directions = [], [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = LinearTiles(weight, bias, dtype, transform)
+            for part, target in zip(hidden.split(tiles.rows), targets.split(tiles.rows), strict=True):
+                logp, entropy = tiles.scores(part, target)
+                directions.append(tiles.gradients(torch.ones_like(logp), None, None, None))
+                logps.append(logp)
+                entropies.append(entropy)
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        ctx.directions, ctx.dtype = torch.cat(directions), hidden.dtype
+        return torch.cat(logps), entropy
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        into_hidden = ctx.directions * grad_outputs[0][:, None]
+        return into_hidden.to(ctx.dtype), None, None, None, None, None

@@ -1,0 +1,107 @@
+"""The reference is the policy as it was given, and moves only when it is told to."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from gmpo.policy.reference import BaseOfAdapter, FrozenCopy, ReferenceSync, make_reference
+from gmpo.policy.scoring import Scorer
+from gmpo.policy.settings import PolicySettings
+from tests.policy.cases import make_batch, make_model
+
+
+def adapted():
+    model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj", "v_proj"])).double()
+    return model
+
+
+def change(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+
+
+def logps(reference, policy, batch):
+    with torch.no_grad(), reference.scoring(policy) as model:
+        return Scorer(PolicySettings()).scores(model, batch).logps
+
+
+def test_no_kl_no_reference():
+    assert make_reference(make_model("llama"), 0.0) is None
+
+
+def test_a_copy_is_frozen_in_evaluation_mode_and_independent():
+    policy, batch = make_model("llama"), make_batch()
+    reference = make_reference(policy, 0.1)
+    before = logps(reference, policy, batch)
+    change(policy)
+    assert isinstance(reference, FrozenCopy)
+    torch.testing.assert_close(logps(reference, policy, batch), before, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+    assert not reference.model.training and policy.training
+    assert all(parameter.requires_grad for parameter in policy.parameters())
+
+
+def test_the_copy_is_of_the_model_as_given_not_of_its_name():
+    policy = make_model("llama")
+    policy.config._name_or_path = "somewhere/else"
+    reference = make_reference(policy, 0.1)
+    for mine, theirs in zip(reference.model.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
+
+
+def test_under_an_adapter_the_reference_is_its_base_without_a_copy():
+    policy, batch = adapted(), make_batch()
+    before = logps(make_reference(policy, 0.1), policy, batch)
+    change(policy)
+    reference = make_reference(policy, 0.1)
+    assert isinstance(reference, BaseOfAdapter)
+    torch.testing.assert_close(logps(reference, policy, batch), before, rtol=1e-12, atol=1e-12)
+    now = Scorer(PolicySettings()).scores(policy, batch).logps
+    assert (now - before).abs().max() > 1e-3
+
+
+def test_sync_mixes_every_k_steps():
+    policy = make_model("llama")
+    reference = make_reference(policy, 0.1, sync=True)
+    start = [parameter.clone() for parameter in reference.model.parameters()]
+    change(policy)
+    sync = ReferenceSync(reference, alpha=0.25, steps=2)
+    assert not sync.after_step(policy, 1)
+    assert all(map(torch.equal, reference.model.parameters(), start))
+    assert sync.after_step(policy, 2)
+    for mine, before in zip(reference.model.parameters(), start, strict=True):
+        torch.testing.assert_close(mine, before + 0.25 * 0.1)  # 0.75 before + 0.25 (before + 0.1)
+    assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+
+
+def test_sync_under_an_adapter_moves_a_copy_of_its_weights():
+    policy, batch = adapted(), make_batch()
+    trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    reference = make_reference(policy, 0.1, sync=True)
+    start = logps(reference, policy, batch)
+    change(policy)
+    torch.testing.assert_close(logps(reference, policy, batch), start, rtol=1e-12, atol=1e-12)
+    for name, parameter in policy.named_parameters():  # scoring put the policy's own weights back
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter, trained[name] + 0.1, rtol=1e-12, atol=1e-12)
+    ReferenceSync(reference, alpha=1.0, steps=1).after_step(policy, 1)
+    now = Scorer(PolicySettings()).scores(policy, batch).logps
+    torch.testing.assert_close(logps(reference, policy, batch), now, rtol=1e-12, atol=1e-12)
+    assert (now - start).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [lambda: make_model("llama-tied"), adapted], ids=["whole model", "adapter"])
+def test_a_moved_reference_survives_a_resume(make):
+    policy, batch = make(), make_batch()
+    reference = make_reference(policy, 0.1, sync=True)
+    sync = ReferenceSync(reference, alpha=0.5, steps=1)
+    change(policy)
+    sync.after_step(policy, 1)
+    expected = logps(reference, policy, batch)
+
+    resumed = make_reference(policy, 0.1, sync=True)
+    assert (logps(resumed, policy, batch) - expected).abs().max() > 1e-3
+    ReferenceSync(resumed, alpha=0.5, steps=1).load_state_dict(sync.state_dict())
+    torch.testing.assert_close(logps(resumed, policy, batch), expected, rtol=1e-12, atol=1e-12)

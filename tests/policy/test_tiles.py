@@ -1,0 +1,152 @@
+"""Log-probs and entropies out of tiles are those of log_softmax over all rows, in value and gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from gmpo.policy import tiles
+from gmpo.policy.fused import fused_loss
+from gmpo.policy.head import Float32Head, Head, Transform
+from gmpo.policy.tiles import token_scores
+
+ROWS, HIDDEN, VOCABULARY = 23, 6, 17
+TRANSFORMS = {
+    "plain": Transform(),
+    "temperature": Transform(temperature=0.6),
+    "scale": Transform(slope=0.3, temperature=1.5),
+    "soft cap": Transform(cap=2.0, temperature=0.7),
+    "scale and soft cap": Transform(slope=3.0, cap=1.5),
+}
+
+
+@pytest.fixture(params=[4, 100], ids=["tiles of 4 rows", "one tile"])
+def tile_size(request, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_BYTES", request.param * VOCABULARY * 8)
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (ROWS,))
+    into_logps, into_entropy = torch.randn(2, ROWS, dtype=torch.float64)
+    return hidden, targets, into_logps, into_entropy
+
+
+def linear(bias):
+    torch.manual_seed(1)
+    return nn.Linear(HIDDEN, VOCABULARY, bias=bias, dtype=torch.float64)
+
+
+def expected_scores(hidden, head, targets, transform):
+    """All logits at once, the soft cap as the Gemma 2 report has it: cap * tanh(logits / cap)."""
+    logits = nn.functional.linear(hidden, head.weight, head.bias) * transform.slope
+    if transform.cap < float("inf"):
+        logits = transform.cap * torch.tanh(logits / transform.cap)
+    every = torch.log_softmax(logits / transform.temperature, -1)
+    return every[torch.arange(ROWS), targets], torch.distributions.Categorical(logits=every).entropy()
+
+
+def grads_of(loss, hidden, head):
+    return torch.autograd.grad(loss, [hidden, *head.parameters()])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_are_those_of_log_softmax(problem, bias, transform, tile_size):
+    hidden, targets, into_logps, into_entropy = problem
+    head = linear(bias)
+    logps, entropy = token_scores(hidden, Head(head), targets, transform)
+    expected = expected_scores(hidden, head, targets, transform)
+    torch.testing.assert_close((logps, entropy), expected, rtol=1e-12, atol=1e-12)
+    for parts in ((1, 0), (0, 1), (1, 1)):
+        weigh = lambda pair, parts=parts: (parts[0] * pair[0] @ into_logps) + (parts[1] * pair[1] @ into_entropy)  # noqa: E731
+        found = grads_of(weigh(token_scores(hidden, Head(head), targets, transform)), hidden, head)
+        torch.testing.assert_close(
+            found,
+            grads_of(weigh(expected_scores(hidden, head, targets, transform)), hidden, head),
+            rtol=1e-11,
+            atol=1e-11,
+        )
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fused_loss_has_the_value_and_gradients_of_the_whole(problem, bias, transform):
+    hidden, targets, into_logps, into_entropy = problem
+    head, sizes = linear(bias), [5, 9, 0, 9]
+    starts = [0, 5, 14, 14]
+
+    def loss_of(tile, logps, entropy):
+        rows = slice(starts[tile], starts[tile] + sizes[tile])
+        return (logps.square() @ into_logps[rows]) + (entropy.exp() @ into_entropy[rows])
+
+    logps, entropy = expected_scores(hidden, head, targets, transform)
+    expected = (logps.square() @ into_logps) + (entropy.exp() @ into_entropy)
+    loss = fused_loss(hidden, head, targets, sizes, loss_of, transform)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    found = grads_of(3.0 * loss, hidden, head)
+    torch.testing.assert_close(found, grads_of(3.0 * expected, hidden, head), rtol=1e-11, atol=1e-11)
+
+
+def test_a_fused_tile_without_a_gradient_adds_its_value_alone(problem):
+    hidden, targets, *_ = problem
+    head = linear(False)
+    loss = fused_loss(
+        hidden, head, targets, [10, 13], lambda tile, logps, entropy: (logps if tile else logps * 0 + 2).sum()
+    )
+    every = expected_scores(hidden, head, targets, Transform())[0]
+    torch.testing.assert_close(loss, every[10:].sum() + 20.0)
+    constant = fused_loss(hidden, head, targets, [ROWS], lambda tile, logps, entropy: logps.new_tensor(7.0))
+    assert constant == 7.0
+    assert all((gradient == 0).all() for gradient in grads_of(constant, hidden, head))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_frozen_head_passes_gradients_on_to_the_hidden_states(problem, transform, tile_size):
+    hidden, targets, into_logps, _ = problem
+    head = linear(True).requires_grad_(False)
+    logps, entropy = token_scores(hidden, Head(head), targets, transform, want_entropy_grad=False)
+    expected, _ = expected_scores(hidden, head, targets, transform)
+    assert not entropy.requires_grad
+    found = torch.autograd.grad(logps @ into_logps, hidden)
+    torch.testing.assert_close(found, torch.autograd.grad(expected @ into_logps, hidden), rtol=1e-11, atol=1e-11)
+
+
+class Doubled(nn.Linear):
+    """A head that is not a plain matrix product."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_any_module_can_be_the_head(problem, tile_size):
+    hidden, targets, into_logps, into_entropy = problem
+    head = Doubled(HIDDEN, VOCABULARY, dtype=torch.float64)
+    logps, entropy = token_scores(hidden, Head(head), targets, Transform(temperature=0.6))
+    expected = expected_scores(hidden, head, targets, Transform(slope=2.0, temperature=0.6))
+    torch.testing.assert_close((logps, entropy), expected, rtol=1e-12, atol=1e-12)
+    found = grads_of(logps @ into_logps + entropy @ into_entropy, hidden, head)
+    wanted = grads_of(expected[0] @ into_logps + expected[1] @ into_entropy, hidden, head)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_a_head_cast_to_float32_ignores_autocast(problem):
+    hidden, targets, *_ = problem
+    head = linear(False).float()
+    head.__class__ = Float32Head
+    expected, _ = expected_scores(hidden, head.double(), targets, Transform())
+    head.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = token_scores(hidden.float(), Head(head), targets)
+        outputs = head(hidden.bfloat16())
+    torch.testing.assert_close(logps, expected.float(), rtol=1e-5, atol=1e-5)
+    assert outputs.dtype == torch.float32
+
+
+def test_no_rows_give_no_scores_and_zero_gradients():
+    head, hidden = linear(True), torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)
+    logps, entropy = token_scores(hidden, Head(head), torch.zeros(0, dtype=torch.int64))
+    assert logps.shape == entropy.shape == (0,)
+    found = grads_of(logps.sum() + entropy.sum(), hidden, head)
+    assert all((gradient == 0).all() for gradient in found)
