@@ -1,0 +1,87 @@
+"""A completion that is being written: its tokens, its random numbers, and what ends it."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from gmpo.rollout.engine import Completion, Request
+
+BLOCK = 256  # random numbers drawn at a time
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """One sample of a request, growing token by token."""
+
+    request: Request
+    uniforms: Iterator[float]  # one in [0, 1) per token
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None  # None: not finished
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.request.prompt.ids) + len(self.ids)
+
+    def completion(self) -> Completion:
+        return Completion(ids=self.ids, finish_reason=self.finish_reason or "length", logps=self.logps)
+
+
+def drafts(request: Request) -> list[Draft]:
+    """The `count` empty samples of a request, each with its own random numbers."""
+    numbers = range(request.first, request.first + request.count)
+    return [Draft(request, uniforms(request.seed, number)) for number in numbers]
+
+
+def uniforms(seed: int, number: int) -> Iterator[float]:
+    """The random numbers of sample `number` of a request: a function of (seed, number) alone, on every device.
+
+    They come from a CPU generator of their own in float64, so neither the global generator nor the batch plays a part.
+    """
+    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    while True:
+        yield from torch.rand(BLOCK, dtype=torch.float64, generator=generator).tolist()
+
+
+class Ending:
+    """Decides when a completion is finished.
+
+    Args:
+        eos: Tokens that end a completion; they stay in it.
+        max_new_tokens: Longest completion.
+        stop_strings: Texts that end a completion as soon as its text contains one; they stay in it too.
+        decode: Tokens to text; needed for stop_strings.
+    """
+
+    def __init__(
+        self,
+        eos: Sequence[int],
+        max_new_tokens: int,
+        stop_strings: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        assert decode is not None or not stop_strings
+        self.eos = frozenset(eos)
+        self.max_new_tokens = max_new_tokens
+        self.stop_strings = tuple(stop_strings)
+        self.decode = decode
+        # Every token of text adds at least one byte; the margin covers special tokens, which may decode to nothing.
+        self.tail = max((len(text.encode()) for text in self.stop_strings), default=0) + 8
+
+    def add(self, draft: Draft, token: int, logp: float) -> None:
+        """Append a token, and say so in the draft if that finishes it."""
+        draft.ids.append(token)
+        draft.logps.append(logp)
+        if token in self.eos or (self.stop_strings and self._stopped(draft)):
+            draft.finish_reason = "stop"
+        elif len(draft.ids) >= self.max_new_tokens:
+            draft.finish_reason = "length"
+
+    def _stopped(self, draft: Draft) -> bool:
+        text = self.decode(draft.ids[-self.tail :])  # type: ignore[misc]
+        return any(stop in text for stop in self.stop_strings)

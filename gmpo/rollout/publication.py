@@ -1,0 +1,212 @@
+"""The policy's weights as an engine with a copy gets them: whole tensors, one at a time, under checkpoint names."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmpo.distributed import whole_parameters
+from gmpo.rollout.inference import prompt_learning, without_adapter_shell
+
+Piece = tuple[str, Callable[[], Tensor]]  # a weight's name in the module tree, and what makes it whole
+
+
+def named_weights(policy: Any, *, merge: bool = True, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the policy, as a checkpoint of the bare model names it.
+
+    Adapters are merged out of place, in float32, one layer at a time: the policy itself is never touched.  Tied weights
+    come once.  Making a sharded weight whole is a collective: every rank must iterate, to the end.
+
+    Args:
+        policy: A transformers model, bare, sharded by FSDP2 or ZeRO-3, or a PEFT model of one; no DDP around it.
+        merge: False gives the weights below the adapters.
+        dtype: Of what floating-point weights are cast to; None: as they are.
+
+    Raises:
+        ValueError: An adapter that can't be merged from shards, or that makes tied weights differ.
+    """
+    if prompt_learning(policy):
+        raise ValueError("Prompt-learning adapters put tokens in front of prompts, which vLLM can't do. Use LoRA.")
+    model = without_adapter_shell(policy)
+    rename = checkpoint_renaming(model)
+    for name, make in pieces(model, merge=merge):
+        with torch.no_grad():
+            tensor = make()
+            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            renamed = rename(name, tensor)
+        yield from renamed
+
+
+def description(policy: Any) -> dict[str, Any]:
+    """What a copy of the policy must agree in, to be a copy at all."""
+    config = without_adapter_shell(policy).config.get_text_config()
+    names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A weight without its sharding, on every rank.  Every rank must call."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor().detach()  # type: ignore[operator]
+    if hasattr(tensor, "ds_id"):
+        with whole_parameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
+
+
+def checkpoint_renaming(model: Any) -> Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]:
+    """What turns a weight of the module tree into those of a checkpoint: transformers fuses and renames some."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)
+    split = [c for c in conversions if isinstance(c, WeightConverter) and len(c.target_patterns) > 1]
+    if split:
+        raise ValueError(
+            f"{type(model).__name__} splits {split[0].source_patterns} of its checkpoint into several weights, which "
+            "can't be put together again one at a time. Generate without vLLM."
+        )
+    if not conversions:
+        return lambda name, tensor: iter([(name, tensor)])
+    return lambda name, tensor: iter(revert_weight_conversion(model, {name: tensor}).items())
+
+
+# -- the module tree, with adapters where they are ---------------------------------------------------------------------
+
+
+def pieces(model: nn.Module, *, merge: bool) -> Iterator[Piece]:
+    """The weights of a model in the order of its modules, each once."""
+    owners: dict[int, str] = {}  # of shared weights
+    adapted: set[int] = set()
+    for name, module in walk(model, ""):
+        has_adapter = is_adapter_layer(module)
+        for weight_name, tensor in own_weights(module.base_layer if has_adapter else module):  # pyright: ignore
+            first = owners.setdefault(id(tensor), name)
+            changed = has_adapter and merge and weight_name == "weight"
+            if first != name and (changed or id(tensor) in adapted):
+                raise ValueError(
+                    f"An adapter changes {name!r}, which shares its weight with {first!r}: no engine can hold both. "
+                    "Leave tied embeddings and heads out of target_modules, or untie them in the base model."
+                )
+            if changed:
+                adapted.add(id(tensor))
+            if first == name:
+                full = f"{name}.{weight_name}" if name else weight_name
+                make = (lambda m=module: merged_weight(m)) if changed else (lambda t=tensor: whole(t))
+                yield full, make
+
+
+def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, an adapter's wrapper standing for the layer that it wraps."""
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        module = trained_copy(module)
+    yield name, module
+    if is_adapter_layer(module):
+        return
+    for child_name, child in module.named_children():
+        yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+
+def trained_copy(wrapper: Any) -> nn.Module:
+    """What PEFT trains in place of a module that an adapter config names in `modules_to_save`."""
+    active = list(wrapper.active_adapters)
+    return (
+        wrapper.modules_to_save[active[0]]
+        if active and active[0] in wrapper.modules_to_save
+        else wrapper.original_module
+    )
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "merge") and hasattr(module, "active_adapters")
+
+
+def own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of a module itself."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """The weight of an adapted layer with its active adapters in it, from untouched base weights."""
+    if is_plain_lora(layer):
+        return plain_lora_weight(layer)
+    sharded = any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in layer.parameters())
+    if sharded:
+        raise ValueError(
+            f"{type(layer).__name__} with these adapter options can't be merged from shards. "
+            "Use plain LoRA (no DoRA, no bias), or train without FSDP and ZeRO-3."
+        )
+    alone = copy.deepcopy(layer)
+    alone.merge(safe_merge=False)
+    return alone.base_layer.weight.detach()
+
+
+def is_plain_lora(layer: Any) -> bool:
+    """Whether base + scaling * B A is all that this layer's active adapters do."""
+    if not hasattr(layer, "lora_A") or hasattr(layer.base_layer.weight, "quant_state"):
+        return False
+    if any(layer.lora_variant.get(name) or layer.lora_bias.get(name) for name in layer.active_adapters):
+        return False  # DoRA and its like
+    return not layer.merged and getattr(layer.base_layer, "kernel_size", None) is None
+
+
+def plain_lora_weight(layer: Any) -> Tensor:
+    base = whole(layer.base_layer.weight)
+    total = base.float()
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            down, up = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
+            delta = up.float() @ down.float()  # [out, in]
+            delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+        elif name in layer.lora_embedding_A:
+            down, up = whole(layer.lora_embedding_A[name]), whole(layer.lora_embedding_B[name])
+            delta = (up.float() @ down.float()).T  # [vocabulary, hidden]
+        else:
+            continue
+        total = total + layer.scaling[name] * delta
+    return total.to(base.dtype)
+
+
+def adapter_obstacle(policy: Any) -> str | None:
+    """Why an engine can't take the adapter of the policy as it is; None: it can."""
+    if not hasattr(policy, "get_base_model"):
+        return "there is no adapter"
+    active = list(policy.active_adapters)
+    config = policy.peft_config[active[0]]
+    if len(active) != 1 or type(config).__name__ != "LoraConfig":
+        return "it is not one LoRA adapter"
+    if config.modules_to_save or config.bias != "none" or getattr(config, "trainable_token_indices", None):
+        return "more than LoRA matrices is trained"
+    layers = [module for module in policy.modules() if is_adapter_layer(module)]
+    if not all(is_plain_lora(layer) and active[0] in layer.lora_A for layer in layers):
+        return "a layer has more than plain LoRA matrices"
+    return None
+
+
+def write_adapter(policy: Any, folder: str | None) -> None:
+    """Save the active adapter as PEFT does.  Every rank must call; those with a `folder` of None only help.
+
+    Args:
+        folder: Exists.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    name = policy.active_adapters[0]
+    state = {key: whole(tensor) for key, tensor in policy.named_parameters() if f".{name}." in key}
+    if folder is None:
+        return
+    plain = get_peft_model_state_dict(policy, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    config = copy.copy(policy.peft_config[name])
+    config.init_lora_weights = True  # whatever an init did to the base weights, the engine gets those as they are
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({key: tensor.cpu().contiguous() for key, tensor in plain.items()}, f"{folder}/adapter_model.safetensors")

@@ -1,0 +1,87 @@
+"""The trainer's end of a publication over NCCL: vLLM's own engine, without the rendezvous that unpickles.
+
+vLLM can bring trainer and workers together over a TCPStore, whose values it unpickles, or by an NCCL unique id that the
+trainer makes.  The id travels with the other init infos, over HTTP, under the token.
+"""
+
+import base64
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """What vLLM's trainer engine sends: `metadata` announces exactly what iteration gives."""
+
+    names: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+    tensors: Iterable[tuple[str, Tensor]]
+
+    def metadata(self) -> list[Any]:
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(*entry) for entry in self.names]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.tensors)
+
+
+def trainer_engine(
+    source: WeightSource,
+    receiver: Any,
+    *,
+    join: Callable[[dict[str, Any]], None],
+    workers: int,
+    host: str,
+    port: int,
+) -> Any:
+    """vLLM's NCCL trainer engine, joined with all workers.
+
+    Args:
+        receiver: What the engine calls to start, update and finish.
+        join: Gives every server the init info; blocks until its workers have joined.
+        workers: Of all servers.
+        host: This machine, as the servers reach it.
+        port: On which NCCL waits for the workers.
+    """
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, uid_init_process_group
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
+
+    engine = NCCLTrainerWeightTransferEngine(client=receiver, source=source, is_sender=True)  # type: ignore[arg-type]
+    os.environ["NCCL_COMM_ID"] = f"{host}:{port}"  # else NCCL chooses a port
+    try:
+        identity = bytes(NCCLLibrary().ncclGetUniqueId().internal)
+        info = NCCLWeightTransferInitInfo(
+            rank_offset=1,
+            world_size=workers + 1,
+            nccl_unique_id_b64=base64.b64encode(identity).decode(),
+            packed=engine.packed,
+            packed_buffer_size_bytes=engine.packed_buffer_size_bytes,
+            packed_num_buffers=engine.packed_num_buffers,
+        )
+        payload = {name: value for name, value in asdict(info).items() if value is not None}
+        with ThreadPoolExecutor(max_workers=1) as pool:  # both sides wait for each other in here
+            joined = pool.submit(join, payload)
+            engine.model_update_group = uid_init_process_group(
+                identity, 0, workers + 1, torch.accelerator.current_device_index()
+            )
+            joined.result()
+    finally:
+        del os.environ["NCCL_COMM_ID"]
+    return engine
+
+
+def own_host(address: str) -> str:
+    """This machine's address on the way to a server."""
+    parts = urlsplit(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))  # sends nothing
+        return probe.getsockname()[0]

@@ -1,0 +1,143 @@
+"""Sampling options as vLLM names them, for an engine in this process and behind a server alike.
+
+Log-probs.  gmpo's are of the temperature-scaled distribution over the whole vocabulary.  vLLM reports either "raw"
+ones, from before the temperature and everything else, or "processed" ones, from after top_k, top_p and min_p, which are
+renormalised over the kept tokens and so biased.  gmpo asks for raw ones, has the model's own logit scale do what the
+temperature would do, and samples at temperature 1: raw log-probs then are exactly those that the trainer computes,
+whatever else shapes the sampling.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gmpo.rollout.engine import Completion, Request, Sampling
+
+NAMES = {  # transformers' names of what vLLM calls otherwise
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+}
+KNOWN = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "allowed_token_ids"),
+    *("bad_words", "structured_outputs", "thinking_token_budget", "repetition_detection", "extra_args"),
+)
+ADDED_TO_LOGITS = ("presence_penalty", "frequency_penalty", "logit_bias")  # before the temperature divides
+SEEDS = 2**62  # vLLM adds a sample's number to the seed of its request
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSampling:
+    """What every request of a collection shares."""
+
+    options: dict[str, Any]  # keywords of vLLM's SamplingParams
+    temperature: float  # 0: greedy
+    restricted: bool  # a grammar masks the logits, so that no log-prob is of the whole vocabulary
+
+    @property
+    def truncated(self) -> bool:
+        """Whether "processed" log-probs would be of another distribution than the temperature-scaled one."""
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        shaped = any(self.options.get(name, value) != value for name, value in plain.items())
+        return shaped or any(name in self.options for name in (*ADDED_TO_LOGITS, "allowed_token_ids", "bad_words"))
+
+    @property
+    def logits_scale(self) -> float:
+        return 1.0 / self.temperature if self.temperature > 0 else 1.0
+
+    def on_scaled_logits(self) -> dict[str, Any]:
+        """The options for an engine whose logits are scaled by `logits_scale` already."""
+        options = dict(self.options)
+        for name in ADDED_TO_LOGITS:
+            if name in options:
+                options[name] = scaled(options[name], self.logits_scale)
+        return {**options, "temperature": 1.0 if self.temperature > 0 else 0.0}
+
+
+def vllm_sampling(sampling: Sampling, *, eos: Sequence[int], regex: str | None = None) -> VllmSampling:
+    """The sampling options for vLLM; `sampling.extra` wins, with transformers' or vLLM's names.
+
+    Args:
+        eos: Tokens that end a completion; `extra["eos_token_id"]` or `extra["stop_token_ids"]` adds to them.
+        regex: Completions must match it.
+
+    Raises:
+        ValueError: `extra` has an option that vLLM does not know, or that gmpo sets itself.
+    """
+    extra = {NAMES.get(name, name): value for name, value in sampling.extra.items()}
+    greedy = extra.pop("do_sample", True) is False
+    check_extra(extra, regex)
+    options: dict[str, Any] = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        **extra,
+    }
+    options["stop_token_ids"] = list(dict.fromkeys([*eos, *as_list(extra.get("stop_token_ids"))]))
+    if "stop" in options:
+        options["stop"] = as_list(options["stop"])
+    if regex is not None:
+        options["structured_outputs"] = {"regex": regex}
+    temperature = 0.0 if greedy else float(options["temperature"])
+    return VllmSampling({**options, "temperature": temperature}, temperature, "structured_outputs" in options)
+
+
+def check_extra(extra: dict[str, Any], regex: str | None) -> None:
+    unknown = sorted(extra.keys() - set(KNOWN))
+    if unknown:
+        raise ValueError(
+            f"generation_kwargs has {unknown}, which can't be set with use_vllm=True. Remove it. "
+            f"There are: {', '.join(sorted({*KNOWN, *NAMES}))}."
+        )
+    if regex is not None and "structured_outputs" in extra:
+        raise ValueError(
+            "vllm_structured_outputs_regex and generation_kwargs['structured_outputs'] say the same thing twice. "
+            "Keep one of them."
+        )
+
+
+def as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def scaled(value: Any, scale: float) -> Any:
+    return {key: bias * scale for key, bias in value.items()} if isinstance(value, dict) else value * scale
+
+
+def engine_seed(request: Request) -> int:
+    return request.seed % SEEDS
+
+
+def check_room(requests: Sequence[Request], options: dict[str, Any], longest: int, *, remedy: str) -> None:
+    """Raise a ValueError for the first request whose prompt and longest completion don't fit into the engine.
+
+    Args:
+        longest: Tokens of the longest sequence that the engine takes.
+        remedy: What the user can do about `longest`.
+    """
+    for request in requests:
+        needed = len(request.prompt.ids) + options["max_tokens"]
+        if needed > longest:
+            raise ValueError(
+                f"A prompt of {len(request.prompt.ids)} tokens and a completion of up to {options['max_tokens']} make "
+                f"{needed}, and vLLM takes {longest}. {remedy}, lower max_completion_length, or drop the prompt, which "
+                f"begins {str(request.prompt.source)[:80]!r}."
+            )
+
+
+def completion(ids: Sequence[int], finish_reason: Any, logps: Sequence[float] | None) -> Completion:
+    """One sample, checked.
+
+    Raises:
+        ValueError: vLLM gave up on it, or its log-probs don't fit its tokens.
+    """
+    if finish_reason not in ("stop", "length"):
+        raise ValueError(f"a completion ended by {finish_reason!r}, not by 'stop' or 'length'")
+    if logps is not None and len(logps) != len(ids):
+        raise ValueError(f"{len(logps)} log-probs came for {len(ids)} tokens")
+    return Completion(ids=list(ids), finish_reason=finish_reason, logps=None if logps is None else list(logps))

@@ -1,0 +1,38 @@
+"""The bearer token between a trainer and the servers that `gmpo serve` starts."""
+
+import os
+import secrets
+from pathlib import Path
+from urllib.parse import urlsplit
+
+VARIABLE = "VLLM_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
+
+
+def token_file(port: int) -> Path:
+    """Where the token of this user's server at `port` lies; readable for this user alone."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state / "gmpo" / f"server-{port}.token"
+
+
+def new_token(port: int) -> str:
+    """A token that nobody knows, left where trainers of this user on this machine find it."""
+    token = secrets.token_urlsafe(32)
+    path = token_file(port)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(token)
+    return token
+
+
+def find_token(address: str) -> str | None:
+    """The token for a server: the environment's, or what `gmpo serve` has left on this machine; None: there is none."""
+    if os.environ.get(VARIABLE):
+        return os.environ[VARIABLE]
+    parts = urlsplit(address)
+    if parts.hostname not in LOOPBACK or parts.port is None:
+        return None
+    path = token_file(parts.port)
+    return path.read_text().strip() if path.exists() else None

@@ -1,0 +1,155 @@
+"""A server that speaks vLLM's routes without vLLM, and misbehaves on demand."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FACTS = {
+    "backend": "gmpo",
+    "logprobs_mode": "raw_logprobs",
+    "longest": 128,
+    "dtype": "float32",
+    "device": "cpu",
+    "workers": 1,
+    "takes_adapters": False,
+}
+
+
+class FakeVllm:
+    """Answers on a port of its own.  `answers[path]` replaces what a path is answered with.
+
+    An answer is a dict or list (JSON, status 200), (status, bytes), or a function of the handler that writes it.
+    """
+
+    def __init__(self, *, token=None, answers=None):
+        self.token = token
+        self.answers = dict(answers or {})
+        self.requests = []  # (path without query, body) in order
+        self.version = "default"
+        self.active = False
+        self.updates = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments):
+                pass
+
+            def do_GET(self):
+                fake._serve(self)
+
+            do_POST = do_GET
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def count(self, path):
+        return sum(seen == path for seen, _ in self.requests)
+
+    def _serve(self, handler):
+        length = int(handler.headers.get("Content-Length") or 0)
+        content = handler.rfile.read(length)
+        path = handler.path.partition("?")[0]
+        body = json.loads(content) if content else None
+        self.requests.append((path, body))
+        if self.token and path != "/health" and handler.headers.get("Authorization") != f"Bearer {self.token}":
+            return reply(handler, 401, b"{}")
+        answer = self.answers.get(path)
+        if answer is None:
+            answer = self._answer(path, body)
+        if callable(answer):
+            return answer(handler)
+        status, data = answer if isinstance(answer, tuple) else (200, json.dumps(answer).encode())
+        return reply(handler, status, data)
+
+    def _answer(self, path, body):
+        if path == "/version":
+            return {"version": "0.32.0"}
+        if path == "/collective_rpc":
+            return {"results": [FACTS]}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        if path == "/start_weight_update":
+            if self.active:
+                return error(500, "start_weight_update called while a weight update is already active.")
+            self.active = True
+        if path == "/update_weights":
+            if "abort" in body["update_info"]:
+                self.active = False
+                return error(500, "The weight update was broken off")
+            self.updates.append(body["update_info"])
+        if path == "/finish_weight_update":
+            self.active = False
+        if path == "/inference/v1/generate":
+            return self._generate(body)
+        return {"success": True}
+
+    def _generate(self, body):
+        params = body["sampling_params"]
+        if params.get("prompt_logprobs") is not None:
+            reports = [None, *({str(token): {"logprob": -1.0}} for token in body["token_ids"][1:])]
+            return {"choices": [], "prompt_logprobs": reports}
+        return {"choices": [self.choice(number, body) for number in range(params["n"])]}
+
+    def choice(self, number, body, **changes):
+        """Completion `number` of a prompt: its last token and the number, and the end."""
+        ids = [body["token_ids"][-1], number, 1]
+        return {
+            "index": number,
+            "token_ids": ids,
+            "finish_reason": "stop",
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
+            "logprobs": {"content": [{"token_id": token, "logprob": -0.5} for token in ids]},
+            **changes,
+        }
+
+
+def error(status, message):
+    return status, json.dumps({"error": {"message": message, "code": status}}).encode()
+
+
+def reply(handler, status, data):
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+def silent(handler):
+    """Takes the request and never answers."""
+    time.sleep(30)
+
+
+def dripping(handler):
+    """Always about to answer: a byte now and then, each within any timeout of a single read."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    for _ in range(300):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+def breaking_off(handler):
+    """Ends the connection in the middle of an answer."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices"')
+    handler.wfile.flush()
+    handler.close_connection = True
