@@ -1,0 +1,82 @@
+"""metrics.jsonl: one line per log, readable while the run goes on and after it crashed."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+FILE_NAME = "metrics.jsonl"
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every log to `output_dir/metrics.jsonl`, on the first rank.
+
+    A line is an object with `step` (optimizer steps done) and the logged names; figures that are not finite are null.
+    A run that resumes from step k drops the lines after k, so that no step is there twice.  A run that starts anew
+    moves the lines of an earlier one to `metrics.old.jsonl` (but goes on after an evaluation before the first step).
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = Path(args.output_dir, FILE_NAME)
+        if not state.is_world_process_zero or not path.exists():
+            return
+        if state.global_step == 0 and any(record["step"] > 0 for record in read_records(path)):
+            path.replace(path.with_name("metrics.old.jsonl"))
+        else:
+            drop_lines_after(path, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        path = Path(args.output_dir, FILE_NAME)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"step": state.global_step} | {name: as_json(value) for name, value in logs.items()})
+        append_line(path, line)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add `line` to `path`; what a crash cut short before it stays a line of its own."""
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+
+
+def as_json(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite become None, tensors of one number a number."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of `path` up to `step`; a line that a crash cut short goes too.  The file is replaced whole."""
+    kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, in order; a line that a crash cut short is left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
