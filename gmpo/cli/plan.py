@@ -1,0 +1,74 @@
+"""What a run would do, in numbers: `gmpo train --dry-run`."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from gmpo.cli.parse import ScriptOptions
+from gmpo.config import GRPOConfig, changed_options
+
+
+def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> str:
+    """The resolved options as YAML, those that differ from the defaults first, and the batch arithmetic.
+
+    Args:
+        num_prompts: Rows of the training set; None: a stream.
+    """
+    values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    changed = changed_options(config).keys() | {"output_dir"}
+    own = {name: value for name, value in vars(script).items() if value is not None and name != "dry_run"}
+    first = {name: value for name, value in values.items() if name in changed}
+    rest = {name: value for name, value in values.items() if name not in changed}
+    return "\n".join(
+        [
+            "# what to train, and what differs from the defaults",
+            as_yaml(own | first),
+            "# everything else",
+            as_yaml(rest),
+            "# the arithmetic",
+            *arithmetic(config, num_prompts),
+        ]
+    )
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
+
+
+def arithmetic(config: GRPOConfig, num_prompts: int | None) -> Iterator[str]:
+    """How prompts become completions, collections and optimizer steps, a line each."""
+    completions = config.generation_batch_size
+    micro_steps = config.steps_per_generation * config.num_iterations
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    prompts, updates = config.prompts_per_collection, micro_steps / config.gradient_accumulation_steps
+    yield f"# a collection: {prompts} prompts x {config.num_generations} = {completions} completions"
+    yield f"# an optimizer step: {rows} completions of {config.world_size} process(es); {updates:g} per collection"
+    if config.clip_window_is_inert:
+        yield "#   one step per collection: no ratio differs from 1, so no clipping (raise steps_per_generation)"
+    if num_prompts is not None:
+        yield f"# an epoch: {num_prompts // prompts} collections of the {num_prompts} prompts"
+    steps = total_steps(config, num_prompts)
+    yield f"# optimizer steps: {'unknown' if steps is None else steps}"
+
+
+def total_steps(config: GRPOConfig, num_prompts: int | None) -> int | None:
+    """Optimizer steps of the whole training, as the Trainer counts them; None: it depends on a stream.
+
+    Raises:
+        ValueError: If the prompts do not fill one collection.
+    """
+    if num_prompts is not None and num_prompts < config.prompts_per_collection:
+        raise ValueError(
+            f"The training set has {num_prompts} prompt(s), but one collection needs {config.prompts_per_collection}. "
+            "Add prompts, or lower generation_batch_size (steps_per_generation)."
+        )
+    if config.max_steps > 0:
+        return config.max_steps
+    if num_prompts is None:
+        return None
+    collections = num_prompts // config.prompts_per_collection
+    micro_steps = collections * config.steps_per_generation * config.num_iterations
+    per_epoch = math.ceil(micro_steps / config.gradient_accumulation_steps)
+    return math.ceil(config.num_train_epochs * per_epoch)

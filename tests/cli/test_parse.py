@@ -1,0 +1,164 @@
+import math
+
+import pytest
+
+from gmpo.cli.parse import parse, read_yaml
+from gmpo.config import GMPOConfig, GRPOConfig
+
+BASICS = ("--model", "org/tiny", "--dataset", "rows.jsonl")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(config_file):
+    path = config_file("model: org/tiny\ndataset: rows.jsonl\nnum_generations: 4\ntemperature: 0.7\n")
+    script, config = parse(["--config", path, "--num_generations", "2", "--model", "org/other"])
+    assert (script.model, script.dataset) == ("org/other", "rows.jsonl")
+    assert (config.num_generations, config.temperature, config.top_p) == (2, 0.7, 1.0)
+
+
+def test_a_flag_may_be_written_with_dashes_or_an_equals_sign():
+    _, config = parse([*BASICS, "--num-generations=4", "--learning-rate", "2e-5"])
+    assert (config.num_generations, config.learning_rate) == (4, 2e-5)
+
+
+def test_the_algorithm_decides_the_config_wherever_it_is_given(config_file):
+    path = config_file("algorithm: grpo\n")
+    _, of_file = parse([*BASICS, "--config", path])
+    _, of_flag = parse([*BASICS, "--config", path, "--algorithm", "gmpo"])
+    assert type(of_file) is GRPOConfig
+    assert of_file.epsilon == 0.2
+    assert type(of_flag) is GMPOConfig
+    assert of_flag.epsilon == 0.4
+
+
+def test_the_output_folder_is_named_after_the_model_and_the_algorithm():
+    assert parse(BASICS)[1].output_dir == "tiny-GMPO"
+    assert parse([*BASICS, "--output_dir", "here"])[1].output_dir == "here"
+
+
+def test_rewards_are_one_or_a_list_and_add_up_over_flags(config_file):
+    assert parse([*BASICS, "--reward", "a", "--reward", "b", "c"])[0].reward == ["a", "b", "c"]
+    assert parse([*BASICS, "--config", config_file("reward: a")])[0].reward == ["a"]
+    assert parse([*BASICS, "--config", config_file("reward: [a, b]"), "--reward", "c"])[0].reward == ["c"]
+
+
+def test_mappings_are_yaml_in_the_file_and_json_or_yaml_in_flags(config_file):
+    path = config_file("dataset_kwargs: {size: 5}\ngeneration_kwargs:\n  stop_strings: [x]\npeft: {r: 8}\n")
+    script, config = parse([*BASICS, "--config", path, "--peft", "{r: 16}"])
+    assert script.dataset_kwargs == {"size": 5}
+    assert config.generation_kwargs == {"stop_strings": ["x"]}
+    assert script.peft == {"r": 16}
+    assert parse([*BASICS, "--generation_kwargs", '{"seed": 1}'])[1].generation_kwargs == {"seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6),
+        ("2.5", 2.5),
+        ("1.", 1.0),
+        (".inf", math.inf),
+        ("3", 3),
+        ("'3'", "3"),
+        ("true", True),
+        ("no", "no"),
+        ("off", "off"),
+        ("2025-01-02", "2025-01-02"),
+        ("v1.5", "v1.5"),
+        ("", None),
+    ],
+)
+def test_scalars_of_the_file_are_what_they_look_like(config_file, text, value):
+    content = read_yaml(config_file(f"option: {text}"))
+    assert content == {"option": value}
+    assert type(content["option"]) is type(value)
+
+
+def test_no_as_a_strategy_and_false_as_a_switch_both_act(config_file):
+    path = config_file("save_strategy: no\nshuffle_dataset: false\nscale_rewards: false\nlearning_rate: 1e-5\n")
+    _, config = parse([*BASICS, "--config", path])
+    assert config.save_strategy == "no"
+    assert config.shuffle_dataset is False
+    assert config.scale_rewards == "none"
+    assert config.learning_rate == 1e-5
+
+
+def test_text_for_a_number_in_the_file_is_read_as_a_flags_would_be(config_file):
+    assert parse([*BASICS, "--config", config_file("num_generations: '4'")])[1].num_generations == 4
+    with pytest.raises(ValueError, match=r"num_generations='four' in .*run.yaml is no int"):
+        parse([*BASICS, "--config", config_file("num_generations: four")])
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [
+        ("learning_rte", "learning_rate"),
+        ("num_generation", "num_generations"),
+        ("datset", "dataset"),
+        ("model_name_or_path", "model"),  # what TRL's scripts call it
+        ("reward_funcs", "reward"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_closest_one_in_flags_and_in_the_file(config_file, name, closest):
+    with pytest.raises(ValueError, match=rf"no option --{name}. Did you mean --{closest}\?"):
+        parse([*BASICS, f"--{name}", "1"])
+    with pytest.raises(ValueError, match=rf"no option {name} \(in .*run.yaml\). Did you mean {closest}\?"):
+        parse([*BASICS, "--config", config_file(f"{name}: 1")])
+
+
+def test_no_option_is_taken_for_another_that_begins_like_it():
+    with pytest.raises(ValueError, match="no option --num_gen"):
+        parse([*BASICS, "--num_gen", "4"])
+
+
+def test_a_file_name_without_its_flag_is_refused():
+    with pytest.raises(ValueError, match=r"'run.yaml' stands alone.*--config FILE"):
+        parse(["run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- model\n- dataset\n", "holds a list, not a mapping"),
+        ("model: [", "is not YAML"),
+        ("just words", "holds a str"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(config_file, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*BASICS, "--config", config_file(text)])
+
+
+def test_an_empty_file_is_an_empty_mapping(config_file):
+    assert parse([*BASICS, "--config", config_file("# nothing yet\n")])[0].model == "org/tiny"
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml"):
+        parse([*BASICS, "--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "d"), "There is no model"),
+        (("--model", "m"), "There is no dataset"),
+        ((*BASICS, "--algorithm", "ppo"), "algorithm='ppo' is not one of 'gmpo', 'grpo'"),
+        ((*BASICS, "--dataset_kwargs", "[1]"), "dataset_kwargs=.* is not a mapping"),
+        ((*BASICS, "--temperature", "0"), "temperature=0.0 is out of range"),
+        ((*BASICS, "--num_generations", "many"), "invalid int value: 'many'"),
+        ((*BASICS, "--temperature"), "expected one argument"),
+    ],
+)
+def test_illegal_values_are_refused_with_what_was_got(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse(arguments)

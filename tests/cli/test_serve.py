@@ -1,0 +1,80 @@
+"""What `gmpo serve` starts."""
+
+import stat
+import sys
+
+import pytest
+
+from gmpo.cli import serve
+from gmpo.rollout.vllm_tokens import token_file
+
+
+@pytest.fixture(autouse=True)
+def started(tmp_path, monkeypatch):
+    """The command and the environment that would replace this process."""
+    calls = []
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setattr(serve.os, "execve", lambda program, command, environment: calls.append((command, environment)))
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
+    return calls
+
+
+def options_of(command):
+    return {name: value for name, value in zip(command, [*command[1:], ""], strict=True) if name.startswith("--")}
+
+
+def test_it_listens_on_this_machine_alone_and_asks_for_a_token(started, capsys):
+    serve.run(["some/model"])
+    ((command, environment),) = started
+    options = options_of(command)
+    assert command[0] == sys.executable and "some/model" in command
+    assert (options["--host"], options["--port"]) == ("127.0.0.1", "8000")
+    assert options["--middleware"] == "gmpo.rollout.vllm_guard.Guard"
+    assert environment["VLLM_API_KEY"] == token_file(8000).read_text()
+    assert stat.S_IMODE(token_file(8000).stat().st_mode) == 0o600
+    assert environment["VLLM_API_KEY"] not in capsys.readouterr().out
+
+
+def test_it_can_be_given_weights_and_unpickles_nothing(started):
+    serve.run(["some/model"])
+    ((command, environment),) = started
+    options = options_of(command)
+    assert options["--weight-transfer-config"] == '{"backend": "gmpo"}'
+    assert options["--logprobs-mode"] == "raw_logprobs"
+    assert "--enable-scale-out" in options
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
+
+
+def test_other_options_go_to_vllm(started):
+    serve.run(["some/model", "--port", "9000", "--tensor-parallel-size", "4", "--enable-lora"])
+    ((command, environment),) = started
+    assert command[-3:] == ["--tensor-parallel-size", "4", "--enable-lora"]
+    assert options_of(command)["--port"] == "9000"
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_the_users_own_token_is_kept(started, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "mine")
+    serve.run(["some/model"])
+    assert started[0][1]["VLLM_API_KEY"] == "mine"
+    assert not token_file(8000).exists()
+
+
+def test_without_a_token_only_when_told(started, capsys):
+    serve.run(["some/model", "--no-token"])
+    ((command, environment),) = started
+    assert "--middleware" not in command and "VLLM_API_KEY" not in environment
+    assert "WITHOUT a token" in capsys.readouterr().out
+
+
+def test_other_machines_only_when_told_and_with_a_warning(started, capsys):
+    serve.run(["some/model", "--host", "0.0.0.0"])
+    assert "other machines can reach this port" in capsys.readouterr().out
+
+
+def test_without_vllm_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install gmpo\[vllm\]"):
+        serve.run(["some/model"])
