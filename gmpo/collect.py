@@ -1,0 +1,168 @@
+"""Dataset rows in, a batch to train on out: generate, reward, advantages, old and reference log-probs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmpo import distributed
+from gmpo.data.micro_batches import mixed_seed
+from gmpo.data.sampler import Rows
+from gmpo.policy.scoring import Scorer
+from gmpo.report.metrics import Stopwatch
+from gmpo.reward.advantages import Advantages, group_advantages
+from gmpo.reward.scoring import Scored, score
+from gmpo.reward.settings import RewardSettings
+from gmpo.reward.sources import RewardSource
+from gmpo.rollout.engine import Engine, Request, Sampling
+from gmpo.rollout.prompts import PromptEncoder
+from gmpo.rollout.rollouts import roll_out
+from gmpo.types import Batch, Rollout, Scores
+
+
+@dataclass(slots=True)
+class Collection:
+    """One collection's rows on this rank, and everything that is worth reporting about them."""
+
+    batch: Batch
+    rollouts: list[Rollout]
+    scored: Scored  # of this rank's rows
+    all_rewards: Tensor  # [N, F] over all ranks, NaN = not scored
+    advantages: Advantages  # [N] over all ranks
+
+
+@dataclass(slots=True)
+class Collector:
+    """Makes collections.  Holds the stages; every rank calls `collect` at the same time."""
+
+    engine: Engine
+    encoder: PromptEncoder
+    sources: Sequence[RewardSource]
+    scorer: Scorer
+    reward_settings: RewardSettings
+    mask_truncated: bool
+    stopwatch: Stopwatch
+    precision: Callable[[], Any]  # makes the context of mixed precision
+    rows_per_forward: int  # of a scoring pass without a gradient
+    max_tokens_per_chunk: int | None
+    trainer_state: Any = None  # what reward functions get as `trainer_state`
+
+    def collect(self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int) -> Collection:
+        """Generate, score and take advantages.  Old and reference log-probs come later, where they are needed."""
+        rollouts = self._generate(rows, sampling=sampling, group_size=group_size, seed=seed, version=version)
+        with self.stopwatch.timed("reward"):
+            scored = together(lambda: score(self.sources, rollouts, rows.rows, trainer_state=self.trainer_state))
+            all_rewards = distributed.gathered(scored.rewards)
+        advantages = group_advantages(all_rewards, group_size, self.reward_settings)
+        offset = sum(distributed.gathered_objects(len(rollouts))[: distributed.rank()])
+        mine = advantages.advantages[offset : offset + len(rollouts)]
+        batch = as_batch(rollouts, mine, group=group_indices(rows.rows), mask_truncated=self.mask_truncated)
+        return Collection(batch, rollouts, scored, all_rewards, advantages)
+
+    def _generate(self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int) -> list[Rollout]:
+        with self.stopwatch.timed("publish"):
+            self.engine.publish(version)
+        groups = group_indices(rows.rows)
+        starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
+        prompts = together(lambda: self.encoder.encode([rows.rows[i] for i in starts]))
+        ends = [*starts[1:], len(groups)]
+        requests = []
+        for prompt, start, end in zip(prompts, starts, ends, strict=True):
+            group, first = divmod(rows.first + start, group_size)
+            requests.append(Request(prompt, end - start, mixed_seed(seed, group), first))
+        with self.stopwatch.timed("generate"):
+            rollouts = together(lambda: roll_out(self.engine, requests, sampling, self.encoder, version=version))
+            self.stopwatch.count_tokens("generate", sum(len(rollout.ids) for rollout in rollouts))
+        return rollouts
+
+    def add_reference(self, reference: Any, model: Any, batch: Batch) -> None:
+        """Fill in `ref_logps`."""
+        with self.stopwatch.timed("old_logps"), reference.scoring(model) as frozen:
+            batch.ref_logps = self._scored(frozen, batch).logps
+
+    def add_old(self, model: Any, batch: Batch, rows: Tensor) -> None:
+        """Fill in `old_logps` of `rows` ([b] int64), those that are trained on after the policy has moved."""
+        with self.stopwatch.timed("old_logps"):
+            width = batch.completion_ids.shape[1]
+            part = self._scored(model, batch.rows(rows)).logps
+            batch.old_logps = part.new_zeros(len(batch), width)
+            batch.old_logps[rows, : part.shape[1]] = part
+
+    def entropy(self, model: Any, batch: Batch) -> Tensor:
+        """[B, T] entropy of the policy as it is."""
+        with self.stopwatch.timed("old_logps"):
+            return self._scored(model, batch).entropy
+
+    @torch.no_grad()
+    def _scored(self, model: Any, batch: Batch) -> Scores:
+        """Log-probs and entropy of all rows, chunk by chunk, without a gradient."""
+        training = model.training
+        model.eval()
+        parts = []
+        for rows in torch.arange(len(batch)).split(self.rows_per_forward):
+            for chunk in self.scorer.chunks(batch.rows(rows), self.max_tokens_per_chunk):
+                with self.precision():
+                    parts.append((rows[chunk.cpu()], self.scorer.scores(model, batch.rows(rows[chunk.cpu()]))))
+        model.train(training)
+        dtype = parts[0][1].logps.dtype if parts else torch.float32
+        logps, entropy = (torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device) for _ in range(2))
+        for rows, scores in parts:
+            width = scores.logps.shape[1]
+            logps[rows, :width], entropy[rows, :width] = scores.logps, scores.entropy
+        return Scores(logps=logps, entropy=entropy)
+
+
+def group_indices(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """The number of each row's group: rows of a group are one object and stand next to each other."""
+    numbers: list[int] = []
+    for i, row in enumerate(rows):
+        same = i > 0 and row is rows[i - 1]
+        numbers.append(numbers[-1] + (not same) if numbers else 0)
+    return numbers
+
+
+def as_batch(rollouts: Sequence[Rollout], advantages: Tensor, *, group: Sequence[int], mask_truncated: bool) -> Batch:
+    """Pad rollouts over their completion tokens."""
+    lengths = torch.tensor([len(rollout.ids) for rollout in rollouts], dtype=torch.int64)
+    width = max([1, *lengths.tolist()])
+    completion_ids = torch.zeros(len(rollouts), width, dtype=torch.int64)
+    written = torch.zeros(len(rollouts), width, dtype=torch.bool)
+    sampler_logps = torch.zeros(len(rollouts), width)
+    shared = {id(rollout.prompt): torch.tensor(rollout.prompt.ids, dtype=torch.int64) for rollout in rollouts}
+    for i, rollout in enumerate(rollouts):
+        size = len(rollout.ids)
+        completion_ids[i, :size] = torch.tensor(rollout.ids, dtype=torch.int64)
+        written[i, :size] = torch.tensor(rollout.trained) if rollout.trained is not None else True
+        if rollout.sampler_logps is not None:
+            sampler_logps[i, :size] = torch.tensor(rollout.sampler_logps)
+    truncated = torch.tensor([rollout.truncated for rollout in rollouts], dtype=torch.bool)
+    reported = len(rollouts) > 0 and all(rollout.sampler_logps is not None for rollout in rollouts)
+    return Batch(
+        prompt_ids=[shared[id(rollout.prompt)] for rollout in rollouts],
+        completion_ids=completion_ids,
+        lengths=lengths,
+        mask=written & ~truncated[:, None] if mask_truncated else written,
+        num_written=written.sum(1),
+        advantages=advantages.to(torch.float32),
+        group=torch.tensor(group, dtype=torch.int64),
+        sampler_logps=sampler_logps if reported else None,
+        policy_version=rollouts[0].policy_version if rollouts else 0,
+    )
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """`work()`, which may fail on one rank alone: then every rank raises, so that none waits for it for ever."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    if distributed.any_rank(error is not None):
+        if error is None:
+            error = RuntimeError("Another rank failed while it made or scored completions; its own error tells why.")
+        error.raised_on_every_rank = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+    return result

@@ -1,0 +1,228 @@
+"""GRPOConfig and GMPOConfig: the settings of every stage plus `transformers.TrainingArguments`, flat to call.
+
+Three things may happen with an option that a user sets: it acts, it is refused here with an error that names it, or,
+where the objective can't use it, it is refused with the reason.  Nothing is ignored.
+"""
+
+import difflib
+import functools
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from gmpo.arguments import check_arguments
+from gmpo.data.settings import DataSettings
+from gmpo.objective.family import check_objective
+from gmpo.objective.settings import ObjectiveSettings
+from gmpo.options import check_options, option, parse_dicts
+from gmpo.policy.settings import PolicySettings
+from gmpo.report.settings import ReportSettings
+from gmpo.reward.settings import RewardSettings, check_rewards
+from gmpo.rollout.settings import RolloutSettings, check_vllm_options
+
+STAGE_SETTINGS = (DataSettings, RolloutSettings, RewardSettings, PolicySettings, ObjectiveSettings, ReportSettings)
+
+
+def _suggest_unknown(cls: type) -> type:
+    """Make the constructor of `cls` name the closest option when it gets one that does not exist."""
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def init(self, *args, **kwargs):
+        known = {f.name for f in fields(cls)}
+        for name in kwargs.keys() - known:
+            closest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {closest[0]!r}?" if closest else ""
+            raise ValueError(f"{cls.__name__} has no option {name!r}.{hint}")
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = init
+    return cls
+
+
+@_suggest_unknown
+@dataclass
+class GRPOConfig(
+    DataSettings, RolloutSettings, RewardSettings, PolicySettings, ObjectiveSettings, ReportSettings, TrainingArguments
+):
+    """Every option of GRPOTrainer.  `docs/configuration.md` lists them with defaults and meanings.
+
+    Raises:
+        ValueError: For an unknown option, an illegal value, or sizes that do not divide.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 (TrainingArguments' own protocol for JSON strings)
+        *TrainingArguments._VALID_DICT_FIELDS,
+    ]
+
+    learning_rate: float = option(1e-6, "Initial learning rate.")
+    logging_steps: float = option(10, "Optimizer steps between two logs; below 1: a share of all steps.")
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time.")
+    remove_unused_columns: bool | None = option(
+        False, "Drop the dataset columns that gmpo itself does not read; reward functions then don't get them."
+    )
+    bf16: bool | None = option(
+        None, "Mixed precision with bfloat16. None: on where an accelerator has it and fp16 is off."
+    )
+    warmup_ratio: float | None = option(
+        None,
+        "Share of all steps with a rising learning rate; the older name of a warmup_steps below 1.",
+        low=0.0,
+        high=1.0,
+    )
+    logging_dir: str | None = option(None, "Folder of the trackers' local files (tensorboard).")
+
+    algorithm = "grpo"
+
+    def __post_init__(self):
+        parse_dicts(self)
+        self._resolve_aliases()
+        check_options(self)
+        check_objective(self, algorithm=self.algorithm)
+        check_rewards(self)
+        check_vllm_options(self)
+        check_arguments(self)
+        self._check_combinations()
+        super().__post_init__()
+        self._check_output_dir()
+        self._resolve_sizes()
+
+    # -- names and defaults that stand for something else -------------------------------------------------------------
+
+    def _resolve_aliases(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        if self.vllm_importance_sampling_cap is not None:
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
+            self.vllm_importance_sampling_cap = None
+        if self.warmup_ratio is not None:
+            if self.warmup_steps:
+                raise ValueError(
+                    f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are both set. "
+                    "Keep one of them."
+                )
+            self.warmup_steps = self.warmup_ratio
+        if self.logging_dir is not None:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+
+    # -- what one stage alone can't know ------------------------------------------------------------------------------
+
+    def _check_combinations(self) -> None:
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} and "
+                f"steps_per_generation={self.steps_per_generation} say the same thing twice. Keep one of them."
+            )
+        if self.zero_signal_groups == "resample":
+            raise ValueError("zero_signal_groups='resample' is not available yet. Use 'skip' or 'keep'.")
+        if self.sync_ref_model and self.beta == 0.0:
+            raise ValueError("sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model off.")
+        if self.log_completions_hub_repo is not None and not self.log_completions:
+            raise ValueError(
+                f"log_completions_hub_repo={self.log_completions_hub_repo!r} needs completions to send. "
+                "Set log_completions=True."
+            )
+
+    def _check_output_dir(self) -> None:
+        folder = os.path.abspath(self.output_dir)
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder):
+            raise ValueError(
+                f"output_dir={self.output_dir!r} can't be a folder: {folder!r} is a file. Choose another one."
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"output_dir={self.output_dir!r} can't be written: no permission in {folder!r}.")
+
+    # -- batch arithmetic ---------------------------------------------------------------------------------------------
+
+    def _resolve_sizes(self) -> None:
+        """Settle generation_batch_size and steps_per_generation, and see that groups and micro-batches divide."""
+        per_step = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % per_step:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} can't be cut into micro-batches of {per_step} "
+                    f"rows (per_device_train_batch_size={self.per_device_train_batch_size} on {self.world_size} "
+                    f"process(es)). "
+                    f"Use a multiple of {per_step}: {nearest_multiples(self.generation_batch_size, per_step)}."
+                )
+            self.steps_per_generation = self.generation_batch_size // per_step
+        else:
+            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            self.generation_batch_size = per_step * self.steps_per_generation
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"A collection of generation_batch_size={self.generation_batch_size} rows (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} x {self.world_size} process(es) x steps_per_generation="
+                f"{self.steps_per_generation}) does not hold whole groups of num_generations={self.num_generations}. "
+                f"Make it a multiple of {self.num_generations}: "
+                f"{nearest_multiples(self.generation_batch_size, self.num_generations)}."
+            )
+        self._check_eval_sizes()
+
+    def _check_eval_sizes(self) -> None:
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            return
+        rows = self.per_device_eval_batch_size * self.world_size
+        if rows % self.eval_group_size:
+            raise ValueError(
+                f"per_device_eval_batch_size={self.per_device_eval_batch_size} on {self.world_size} process(es) is "
+                f"{rows} rows, which does not hold whole groups of {self.eval_group_size} completions. Use "
+                f"{nearest_multiples(rows, self.eval_group_size)} rows, or set num_generations_eval."
+            )
+
+    @property
+    def eval_group_size(self) -> int:
+        """Completions per prompt in evaluation."""
+        return self.num_generations_eval or self.num_generations
+
+    @property
+    def prompts_per_collection(self) -> int:
+        """Distinct prompts of one collection, over all ranks."""
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Completions of one collection on each rank."""
+        return self.per_device_train_batch_size * self.steps_per_generation
+
+    @property
+    def clip_window_is_inert(self) -> bool:
+        """Whether each collection makes a single optimizer step, so that every log-ratio is 0 and nothing clips."""
+        return self.steps_per_generation * self.num_iterations <= self.gradient_accumulation_steps
+
+
+@_suggest_unknown
+@dataclass
+class GMPOConfig(GRPOConfig):
+    """Every option of GMPOTrainer: as GRPOConfig, with GMPO's window in log space."""
+
+    epsilon: float = option(
+        0.4,
+        "Lower clip bound of the log-ratio, in nats: tokens of completions with a negative advantage are capped below "
+        "-epsilon. 0.4 is the paper's window, ratios in (0.67, 1.49).",
+        low=0.0,
+        low_open=True,
+    )
+
+    algorithm = "gmpo"
+
+
+def nearest_multiples(size: int, divisor: int) -> str:
+    """The multiples of `divisor` on both sides of `size`, in words."""
+    below = size // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """The options of `config` that are not at their default, by name, as resolved."""
+    plain = type(config)(output_dir=config.output_dir)
+    return {
+        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(plain, f.name)
+    }

@@ -1,0 +1,737 @@
+"""GRPOTrainer and GMPOTrainer: what `transformers.Trainer` asks, answered in the order in which it asks.
+
+The Trainer carries the loop, optimizer, schedule, checkpoints, DeepSpeed, FSDP, hub and callbacks.  gmpo differs from
+supervised training in two places: an optimizer step first sees that there are completions to train on
+(`get_batch_samples`), and a micro-batch's gradient is taken chunk by chunk (`training_step`).
+"""
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from gmpo import distributed
+from gmpo.collect import Collection, Collector
+from gmpo.config import GMPOConfig, GRPOConfig
+from gmpo.data.micro_batches import mixed_seed, split_into_micro_batches
+from gmpo.data.sampler import CollectionPlan, CollectionSampler, EvalSampler, KeyedRows, Rows, StreamedRows, as_rows
+from gmpo.objective.entropy import EntropyController
+from gmpo.objective.family import objective_from
+from gmpo.objective.inputs import Denominators, ObjectiveInputs
+from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
+from gmpo.policy.loading import check_path, is_adapted, load_policy, load_tokenizer
+from gmpo.policy.reference import FrozenCopy, ReferenceSync, make_reference
+from gmpo.policy.router import is_mixture
+from gmpo.policy.scoring import Scorer
+from gmpo.report.completions import CompletionLog, ScoredCompletions
+from gmpo.report.jsonl import JsonlCallback
+from gmpo.report.metrics import Metrics, Stopwatch
+from gmpo.report.model_card import model_card
+from gmpo.report.rollouts import rollout_statistics
+from gmpo.reward.advantages import reward_statistics
+from gmpo.reward.model import ModelOptions
+from gmpo.reward.sources import build_sources
+from gmpo.rollout.engines import build_engine
+from gmpo.rollout.prompts import PromptEncoder, check_dataset
+from gmpo.rollout.sampling import sampling_from
+from gmpo.rollout.weights import PolicyVersion
+from gmpo.types import Batch, Scores, Statistics
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What `training_step` gets: rows of a collection, and the counts of the optimizer batch that they belong to."""
+
+    batch: Batch
+    denominators: Denominators
+    mode: str | None = "train"  # whose metrics its figures go to; None: nobody's
+
+    def __contains__(self, name: str) -> bool:  # the Trainer asks whether its inputs hold "input_ids"
+        return False
+
+
+class GRPOTrainer(Trainer):
+    """Trains a language model by group-relative policy optimization.
+
+    Args:
+        model: Name or path, or a `PreTrainedModel`, or a `PeftModel`.
+        reward_funcs: A function (sync or async), a reward model (name, path or object), or a list of them.  A function
+            is called with the keywords `prompts`, `completions`, `completion_ids`, every further dataset column,
+            `trainer_state`, `log_extra` and `log_metric`, and returns a float or None for each completion.
+        args: The options; None takes the defaults and the folder "{model}-{GRPO or GMPO}".
+        train_dataset: Rows with a `prompt`, as text or as messages; map-style or iterable.
+        eval_dataset: The same, or a dict of them.
+        processing_class: The tokenizer (or a processor that holds one); None loads the model's.
+        reward_processing_classes: Tokenizers of the reward models; None loads them.
+        callbacks: Added to the Trainer's own.
+        optimizers: (optimizer, scheduler); None builds them from `args`.
+        quantization_config: For a model given by name or path.
+        peft_config: Adapters to train instead of the whole model.
+        compute_metrics: Gets the completions of an evaluation set (token ids, -100 on padding) as `predictions` and
+            their rewards [N, F] as `label_ids`, and gives figures to log.
+
+    Raises:
+        ValueError, TypeError: For arguments that can't work, before any weight is loaded where it can be known.
+    """
+
+    config_class = GRPOConfig
+    algorithm_name = "GRPO"
+    _tag_names = ("gmpo", "grpo")
+    loss_is_scaled_for_ga = True  # denominators are those of the whole optimizer batch already
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    ):
+        args = self._checked_args(args, model)
+        refuse_later_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        set_seed(args.seed)
+        if isinstance(model, str):
+            check_path(model)
+        tokenizer = processing_class or tokenizer_of(model, args)
+        self.encoder = PromptEncoder.build(tokenizer, model, args)
+        check_dataset(train_dataset, self.encoder, name="train_dataset")
+        for name, rows in named_datasets(eval_dataset).items():
+            check_dataset(rows, self.encoder, name=name)
+        options = ModelOptions(
+            init_kwargs=args.model_init_kwargs,  # pyright: ignore[reportArgumentType]
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=args.chat_template_kwargs,  # pyright: ignore[reportArgumentType]
+            device=args.device,
+        )
+        self.reward_sources = build_sources(
+            reward_funcs, reward_processing_classes, settings=args, model_options=options
+        )
+        self.plan = CollectionPlan(
+            args.num_generations, args.generation_batch_size, args.steps_per_generation * args.num_iterations
+        )
+        if hasattr(train_dataset, "__len__"):
+            self.plan.require(len(train_dataset))
+        policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
+        self.reference = make_reference(policy, args.beta, sync=args.sync_ref_model)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=as_rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            compute_metrics=compute_metrics,
+        )
+        self._build_stages()
+
+    @classmethod
+    def _checked_args(cls, args: Any, model: Any) -> Any:
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            return cls.config_class(f"{name.rstrip('/').split('/')[-1]}-{cls.algorithm_name}")
+        if not isinstance(args, cls.config_class):
+            raise TypeError(
+                f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(args).__name__}. "
+                "Their clip windows don't mean the same."
+            )
+        if args.clip_window_is_inert and args.algorithm == "gmpo":
+            warnings.warn(
+                f"Each collection makes a single optimizer step (steps_per_generation={args.steps_per_generation}, "
+                f"num_iterations={args.num_iterations}, "
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}): the policy still is the one that "
+                "sampled, every log-ratio is 0, and GMPO equals GRPO. For GMPO's clip window to act, set "
+                "steps_per_generation to several times gradient_accumulation_steps.",
+                stacklevel=3,
+            )
+        return args
+
+    def _build_stages(self) -> None:
+        args: GRPOConfig = self.args  # pyright: ignore[reportAssignmentType]
+        self.objective = objective_from(args, algorithm=args.algorithm)
+        self.entropy_bonus = EntropyController(args)
+        self.policy_version = PolicyVersion()
+        self.sampling = sampling_from(args)
+        self.metrics = Metrics()
+        self.stopwatch = Stopwatch()
+        self.scorer = Scorer(args, temperature=self.sampling.extra.get("temperature", args.temperature))
+        if isinstance(self.reference, FrozenCopy):
+            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
+        self.reference_sync = (
+            ReferenceSync(self.reference, alpha=args.ref_model_mixup_alpha, steps=args.ref_model_sync_steps)
+            if args.sync_ref_model
+            else None
+        )
+        self.engine = build_engine(
+            args, self.unwrapped_policy, self.encoder, autocast=self.compute_loss_context_manager
+        )
+        self.completion_log = CompletionLog(
+            args,
+            args.output_dir,
+            trackers=args.report_to,
+            callbacks=lambda: self.callback_handler.callbacks,
+            seed=args.seed,
+        )
+        self.collector = Collector(
+            engine=self.engine,
+            encoder=self.encoder,
+            sources=self.reward_sources,
+            scorer=self.scorer,
+            reward_settings=args,
+            mask_truncated=args.mask_truncated_completions,
+            stopwatch=self.stopwatch,
+            precision=self.compute_loss_context_manager,
+            rows_per_forward=args.per_device_train_batch_size,
+            max_tokens_per_chunk=args.max_tokens_per_chunk,
+            trainer_state=self.state,
+        )
+        self._routed = args.router_aux_loss_coef > 0.0 and is_mixture(self.unwrapped_policy())
+        self._num_parameters = sum(p.numel() for p in self.unwrapped_policy().parameters())
+        self._pending: list[Batch] = []  # micro-batches of the current collection, in the order of their micro-steps
+        self._steps_at_last_log = 0
+        self._step_entropy = (torch.zeros(()), torch.zeros(()))  # sum and count over the tokens of this optimizer step
+        self.add_callback(JsonlCallback)
+        self.add_callback(BetweenSteps(self))
+
+    def unwrapped_policy(self) -> Any:
+        """The policy without DDP, DeepSpeed or compile around it."""
+        return self.accelerator.unwrap_model(self.model_wrapped)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt", "image", "images"]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's share of a collection, once per micro-step."""
+        args: Any = self.args
+        if self.train_dataset is None:
+            raise ValueError("Training needs a train_dataset. Pass one to the trainer.")
+        dataset: Any = self.train_dataset
+        if args.remove_unused_columns:
+            dataset = dataset.select_columns([c for c in ("prompt", "image", "images") if c in dataset.column_names])
+        seed = args.seed if args.data_seed is None else args.data_seed
+        loader = self._loader_options()
+        if hasattr(dataset, "__len__"):
+            sampler = CollectionSampler(
+                len(dataset), self.plan, ranks=args.world_size, seed=seed, shuffle=bool(args.shuffle_dataset)
+            )
+            self._epoch_listener = sampler
+            loader |= {"dataset": KeyedRows(dataset), "batch_sampler": sampler}
+        else:
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=seed)
+            stream = StreamedRows(dataset, self.plan, ranks=args.world_size)
+            self._epoch_listener = stream
+            self.accelerator.dataloader_config.dispatch_batches = False  # rows are dicts, not tensors to cut
+            loader |= {"dataset": stream, "batch_size": args.rows_per_rank, "drop_last": True, "num_workers": 0}
+        return self.accelerator.prepare(DataLoader(**loader))
+
+    def _loader_options(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "collate_fn": as_rows,
+            "num_workers": args.dataloader_num_workers,
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "pin_memory": False,  # rows hold no tensors
+        }
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Every prompt of the evaluation set once, `eval_group_size` times in a row."""
+        args: Any = self.args
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # pyright: ignore
+        if dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset. Pass one to the trainer or to evaluate().")
+        rows = args.per_device_eval_batch_size * args.world_size
+        plan = CollectionPlan(args.eval_group_size, max(rows - rows % args.eval_group_size, args.eval_group_size), 1)
+        if not hasattr(dataset, "__len__"):
+            dataset = list(dataset)
+        sampler = EvalSampler(
+            len(dataset), plan, rank=args.process_index, ranks=args.world_size, drop_last=args.dataloader_drop_last
+        )
+        return DataLoader(KeyedRows(dataset), batch_sampler=sampler, **self._loader_options())
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], None]:
+        """The micro-batches of one optimizer step; makes a collection wherever one begins, or where none is at hand."""
+        batches: list[Batch] = []
+        collections = 0
+        for number in range(num_batches):
+            rows = next(epoch_iterator, None)
+            if rows is None:
+                break
+            if rows.position == 0 or not self._pending:
+                self._collect(rows, number=collections, remaining=num_batches - number)
+                collections += 1
+            batches.append(self._pending.pop(0))
+        denominators = self._denominators(batches)
+        return [MicroBatch(batch, d) for batch, d in zip(batches, denominators, strict=True)], None
+
+    def _collect(self, rows: Rows, *, number: int, remaining: int) -> None:
+        """Make a collection and cut it into micro-batches.
+
+        Args:
+            number: Of the collection within this optimizer step; with the step it names all of its random numbers.
+            remaining: How many of its micro-batches belong to this optimizer step.
+        """
+        args: Any = self.args
+        seed = mixed_seed(args.seed, self.state.global_step, number)
+        collection = self.collector.collect(
+            rows,
+            sampling=self.sampling,
+            group_size=args.num_generations,
+            seed=seed,
+            version=self.policy_version.current,
+        )
+        self._report(collection, rows, mode="train")
+        batch = collection.batch.to(args.device)
+        slices = split_into_micro_batches(
+            collection.batch.group, rows=args.per_device_train_batch_size, passes=args.num_iterations, seed=seed
+        )[rows.position :]
+        if self.reference is not None:
+            self.collector.add_reference(self.reference, self.model_wrapped, batch)
+        moved = slices[remaining:]
+        if moved:
+            self.collector.add_old(self.model_wrapped, batch, torch.unique(torch.cat(moved)))
+        parts = [batch.rows(index) for index in slices]
+        for part in parts[:remaining]:
+            part.old_logps = None  # the policy has not moved yet: its own log-probs are the old ones
+        self._pending = parts
+
+    def _denominators(self, batches: list[Batch]) -> list[Denominators]:
+        counts = torch.tensor(
+            [sum(len(b) for b in batches), sum(int(b.num_written.sum()) for b in batches), len(batches)],
+            dtype=torch.float64,
+        )
+        rows, tokens, micro_batches = distributed.reduced(counts).tolist()
+        return [
+            Denominators(
+                rows=rows,
+                tokens=tokens,
+                micro_batch_tokens=float(b.num_written.sum()),
+                micro_batches=micro_batches,
+                max_completion_length=self.args.max_completion_length,  # pyright: ignore
+            )
+            for b in batches
+        ]
+
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradient of one micro-batch, chunk by chunk.
+
+        Returns:
+            This rank's share of the loss of the optimizer batch, times the number of ranks (which are averaged over).
+        """
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # pyright: ignore
+        with self.stopwatch.timed("learn"):
+            batch = inputs.batch
+            select = self._select(model, batch)
+            carrying, counted = self._rows_with_gradient(batch)
+            chunks = self._chunks(batch, carrying)
+            total = torch.zeros((), device=self.args.device)
+            for number, rows in enumerate(chunks):
+                chunk = MicroBatch(batch.rows(rows), inputs.denominators, mode="train" if counted else None)
+                with self._synchronised_only(model, last=number == len(chunks) - 1):
+                    with self.compute_loss_context_manager():
+                        loss = self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]])
+                    self._backward(loss * distributed.world_size())
+                total += loss.detach() * distributed.world_size()
+            if not len(chunks):
+                self._leave_zero_gradients(model)
+            self.stopwatch.count_tokens("learn", int(batch.num_written.sum()))
+        self._release_cache()
+        return total
+
+    @staticmethod
+    def _leave_zero_gradients(model: nn.Module) -> None:
+        """What a backward pass of rows without signal leaves: the optimizer's momentum still moves the weights."""
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The differentiable share of `inputs` in the loss of its optimizer batch, a scalar."""
+        if return_outputs:
+            raise ValueError("gmpo's loss has no model outputs to return: call compute_loss with return_outputs=False.")
+        return self._chunk_loss(model, inputs, self._select(model, inputs.batch))
+
+    def _chunk_loss(self, model: nn.Module, inputs: MicroBatch, select: Tensor) -> Tensor:
+        batch = inputs.batch
+        statistics = Statistics()
+
+        def loss_of(scores: Scores, rows: Tensor) -> Tensor:
+            part = batch.rows(rows)
+            loss, seen = self.objective.loss(
+                objective_inputs(part, scores, select[rows, : part.mask.shape[1]]),
+                inputs.denominators,
+                progress=self.state.global_step / max(1, self.state.max_steps),
+                entropy_coef=self.entropy_bonus.coef,
+            )
+            statistics.update(seen)
+            return loss
+
+        router_weight = self.args.router_aux_loss_coef * len(batch) / inputs.denominators.rows  # pyright: ignore
+        loss = self.scorer.loss(
+            model,
+            batch,
+            loss_of,
+            router_of=lambda router_loss: router_weight * router_loss,
+            want_entropy_grad=self.entropy_bonus.coef != 0.0,
+        )
+        if inputs.mode is None:
+            return loss
+        self.metrics.add(statistics, mode=inputs.mode)  # pyright: ignore[reportArgumentType]
+        if self.entropy_bonus.adaptive and inputs.mode == "train":
+            old, new = self._step_entropy, statistics.means["entropy"]
+            self._step_entropy = (old[0] + new[0], old[1] + new[1])
+        return loss
+
+    def _chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
+        """`rows` ([b] int64) cut into forward chunks; as many on every rank where a sharded model needs all of them."""
+        limit: int | None = self.args.max_tokens_per_chunk  # pyright: ignore
+        part = batch.rows(rows)
+        chunks = self.scorer.chunks(part, limit) if len(rows) else []
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            most = int(distributed.reduced(torch.tensor(len(chunks)), "max"))
+            chunks = self.scorer.chunks(part, limit, at_least=most)
+        return [rows[chunk.cpu()] for chunk in chunks]
+
+    def _rows_with_gradient(self, batch: Batch) -> tuple[Tensor, bool]:
+        """Indices of the rows that can move the policy, and whether they count.
+
+        Where none can, but other ranks wait for our backward pass, one row goes through the model without counting.
+        """
+        args: Any = self.args
+        everything = torch.arange(len(batch))
+        other_terms = args.beta > 0 or self.entropy_bonus.coef != 0.0 or self._routed
+        if args.zero_signal_groups == "keep" or other_terms:
+            return everything, True
+        carrying = ((batch.advantages != 0) & batch.mask.any(1)).cpu().nonzero().flatten()
+        self.metrics.add(Statistics(means={"signal/rows": (float(len(carrying)), float(len(batch)))}))
+        others_wait = distributed.world_size() > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return (carrying, True) if len(carrying) or not others_wait else (everything[:1], False)
+
+    def _select(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B, T] the tokens that may receive policy gradient: those of high entropy over all ranks, or all."""
+        quantile: float = self.args.top_entropy_quantile  # pyright: ignore
+        if quantile >= 1.0:
+            return batch.mask
+        entropy = self.collector.entropy(model, batch)
+        threshold = entropy_threshold(distributed.gathered(entropy[batch.mask]), quantile)
+        return high_entropy_tokens(batch.mask, entropy, threshold)
+
+    @contextlib.contextmanager
+    def _synchronised_only(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Gradients of the ranks meet in the last chunk of a micro-batch alone."""
+        state = self.accelerator.gradient_state
+        wanted = state.sync_gradients
+        state._set_sync_gradients(wanted and last)
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            yield
+        state._set_sync_gradients(wanted)
+
+    def _backward(self, loss: Tensor) -> None:
+        options: dict[str, Any] = {}
+        if self.is_deepspeed_enabled:
+            options["scale_wrt_gas"] = False
+        if self.args.optim in ("lomo", "adalomo"):
+            options["learning_rate"] = self._get_learning_rate()
+        self.accelerator.backward(loss, **options)
+
+    def _release_cache(self) -> None:
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0 and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Rows, prediction_loss_only: bool = True, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Generate and score one evaluation batch.  Its loss goes into the metrics, as an exact mean over rows.
+
+        Returns:
+            The loss of the batch; and, if there is a `compute_metrics` to get them, completion ids [n, T] (-100 on
+            padding) as predictions and rewards [n, F] as labels.
+        """
+        args: Any = self.args
+        collection = self.collector.collect(
+            inputs,
+            sampling=self.sampling,
+            group_size=args.eval_group_size,
+            seed=mixed_seed(args.seed, -1, inputs.position),
+            version=self.policy_version.current,
+        )
+        self._report(collection, inputs, mode="eval")
+        batch = collection.batch.to(args.device)
+        if self.reference is not None:
+            self.collector.add_reference(self.reference, model, batch)
+        (denominators,) = self._denominators([batch])
+        total = torch.zeros(())
+        with torch.no_grad(), self.compute_loss_context_manager():
+            select = self._select(model, batch)
+            for rows in self._chunks(batch, torch.arange(len(batch))):
+                chunk = MicroBatch(batch.rows(rows), denominators, mode="eval")
+                total += self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]]).cpu()
+        self.metrics.add(Statistics(means={"loss": (float(total) * denominators.rows, float(len(batch)))}), mode="eval")
+        loss = total.to(args.device)
+        if prediction_loss_only or self.compute_metrics is None:
+            return loss, None, None
+        prompts = [torch.tensor(rollout.prompt.ids) for rollout in collection.rollouts]
+        inputs.encoded[self.model.main_input_name] = nn.utils.rnn.pad_sequence(prompts, True, -100, "left")
+        inside = torch.arange(batch.mask.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
+        predictions = batch.completion_ids.masked_fill(~inside, -100)
+        return loss, predictions, collection.scored.rewards.to(args.device, torch.float32)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop, with our metrics among its own, so that `metric_for_best_model` can name any of them."""
+        self.gather_function = gathered_as_objects if self.args.eval_use_gather_object else distributed.gathered
+        with self.stopwatch.paused():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics.update(self.metrics.reduce(mode="eval", prefix=metric_key_prefix))
+            self.completion_log.write(step=self.state.global_step, mode="eval")
+        return output
+
+    # -- reports ------------------------------------------------------------------------------------------------------
+
+    def _report(self, collection: Collection, rows: Rows, *, mode: str) -> None:
+        statistics = rollout_statistics(collection.rollouts)
+        names = [source.name for source in self.reward_sources]
+        statistics.update(reward_statistics(names, collection.all_rewards, collection.advantages))
+        statistics.update(Statistics(means=collection.scored.metrics))
+        if mode == "train":
+            tokens = sum(len(rollout.prompt.ids) + len(rollout.ids) for rollout in collection.rollouts)
+            self.state.num_input_tokens_seen += int(distributed.reduced(torch.tensor(tokens)))
+            statistics.maxima["num_tokens"] = float(self.state.num_input_tokens_seen)
+        self.metrics.add(statistics, mode=mode)
+        self.completion_log.add(scored_completions(collection, names), step=self.state.global_step, mode=mode)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with everything that gmpo counted since the last time.  Every rank must call."""
+        if "loss" in logs:
+            self.metrics.add(self.stopwatch.drain(steps=self.state.global_step - self._steps_at_last_log))
+            self._steps_at_last_log = self.state.global_step
+            logs.update(self.metrics.reduce(mode="train"))
+            self.completion_log.write(step=self.state.global_step, mode="train")
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Six per parameter and token, as for every model; tokens are those of prompts and completions of each row."""
+        if not isinstance(inputs, MicroBatch):
+            return super().floating_point_ops(inputs)
+        tokens = sum(len(ids) for ids in inputs.batch.prompt_ids) + int(inputs.batch.lengths.sum())
+        return 6 * tokens * self._num_parameters
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Nothing: `_report` counts them, with or without `include_num_input_tokens_seen`."""
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write output_dir/README.md: what was trained, by which method, on which data."""
+        if not self.is_world_process_zero():
+            return
+        text = model_card(
+            algorithm=self.algorithm_name,
+            base_model=getattr(self.unwrapped_policy().config, "_name_or_path", None),
+            model_name=model_name or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)),
+            dataset_name=dataset_name or kwargs.get("dataset"),
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            args=self.args,
+            log_history=self.state.log_history,
+            adapter=is_adapted(self.unwrapped_policy()),
+        )
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        with open(os.path.join(self.args.output_dir, "README.md"), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    # -- a run's life -------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train.  If something fails on the way, what was learned so far is left as a checkpoint in `output_dir`.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the last whole one in `output_dir`.
+            trial: A hyper-parameter search's trial, or its parameters.
+            ignore_keys_for_eval: As in `transformers.Trainer.train`.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except (Exception, KeyboardInterrupt) as error:
+            self._save_what_was_learned(error)
+            raise
+
+    def _save_what_was_learned(self, error: BaseException) -> None:
+        steps = self.state.global_step
+        everybody_is_here = distributed.world_size() == 1 or getattr(error, "raised_on_every_rank", False)
+        if not everybody_is_here or steps == 0 or self.optimizer is None:
+            return
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{steps}")
+        if not os.path.exists(os.path.join(folder, "trainer_state.json")):
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        error.add_note(f"What was learned in {steps} steps is in {folder}; train(resume_from_checkpoint=True) goes on.")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.policy_version.moved()
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.policy_version.moved()
+
+
+class GMPOTrainer(GRPOTrainer):
+    """Trains a language model by Geometric-Mean Policy Optimization (arXiv:2507.20673).
+
+    Takes what `GRPOTrainer` takes, with a `GMPOConfig`, whose clip window is in log space.
+    """
+
+    config_class = GMPOConfig
+    algorithm_name = "GMPO"
+    _tag_names = ("gmpo",)
+
+
+class BetweenSteps(TrainerCallback):
+    """What has to happen between the Trainer's steps."""
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._steps_at_last_log = state.global_step
+        self.trainer.completion_log.begin(state.global_step)
+        self.trainer.stopwatch.restart()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer's own set_epoch does not reach a sampler behind accelerate's skipping one after a resume.
+        self.trainer._epoch_listener.set_epoch(int(state.epoch or 0))
+        self.trainer._pending = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.policy_version.moved()
+        if trainer.entropy_bonus.adaptive:
+            total, count = distributed.reduced(
+                torch.stack([torch.as_tensor(v) for v in trainer._step_entropy])
+            ).tolist()
+            trainer.entropy_bonus.update(total / count if count else math.nan)
+            trainer._step_entropy = (torch.zeros(()), torch.zeros(()))
+        if trainer.reference_sync is not None:
+            trainer.reference_sync.after_step(trainer.unwrapped_policy(), state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._pending = []
+        self.trainer.completion_log.close()
+
+
+def objective_inputs(batch: Batch, scores: Scores, select: Tensor) -> ObjectiveInputs:
+    """The objective's view of scored rows.  Where no old log-probs are kept, the policy is still the old one."""
+    return ObjectiveInputs(
+        logps=scores.logps,
+        old_logps=scores.logps.detach() if batch.old_logps is None else batch.old_logps,
+        advantages=batch.advantages[:, None],
+        mask=batch.mask,
+        select=select,
+        sampler_logps=batch.sampler_logps,
+        ref_logps=batch.ref_logps,
+        entropy=scores.entropy,
+    )
+
+
+def scored_completions(collection: Collection, names: list[str]) -> ScoredCompletions:
+    """This rank's rows of a collection, for the completion log."""
+    rows = range(len(collection.rollouts))
+    return ScoredCompletions(
+        prompts=[rollout.prompt.source for rollout in collection.rollouts],
+        completions=[rollout.completion for rollout in collection.rollouts],
+        rewards={name: [float(collection.scored.rewards[i, f]) for i in rows] for f, name in enumerate(names)},
+        advantages=collection.batch.advantages.tolist(),
+        extras=collection.scored.extra,
+    )
+
+
+def tokenizer_of(model: Any, args: GRPOConfig) -> Any:
+    """The tokenizer that belongs to a model given by name, path or object."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ValueError("The model does not say where its tokenizer is. Pass processing_class=AutoTokenizer....")
+    revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore
+    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
+
+
+def named_datasets(eval_dataset: Any) -> dict[str, Any]:
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": rows for name, rows in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}
+
+
+def gathered_as_objects(values: Tensor) -> Tensor:
+    return torch.cat([part.to(values.device) for part in distributed.gathered_objects(values.cpu())])
+
+
+def refuse_later_arguments(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"The argument {name} is not available yet. Leave it out.")
+
+
+def last_whole_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint in `output_dir` that was written to its end (trainer_state.json is written last)."""
+    folders = [f for f in os.listdir(output_dir) if f.startswith("checkpoint-")] if os.path.isdir(output_dir) else []
+    whole = [f for f in folders if os.path.exists(os.path.join(output_dir, f, "trainer_state.json"))]
+    if not whole:
+        raise ValueError(
+            f"resume_from_checkpoint=True, but {output_dir!r} holds no whole checkpoint. "
+            "Train without it, or name a folder."
+        )
+    return os.path.join(output_dir, max(whole, key=lambda name: int(name.rsplit("-", 1)[-1])))

@@ -1,0 +1,181 @@
+"""The configuration: names and defaults of the documented interface, legal values, batch arithmetic."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from gmpo import GMPOConfig, GRPOConfig
+from gmpo.config import STAGE_SETTINGS, changed_options
+
+DOCUMENTED = json.loads((Path(__file__).parent / "config_fields.json").read_text())
+NEWER = {
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "entropy_coef_min": 0.0,
+    "entropy_coef_max": 1.0,
+    "entropy_coef_delta": 0.005,
+    "entropy_target": 0.2,
+    "log_multimodal": True,
+    "batch_layout": "auto",
+    "max_tokens_per_chunk": None,
+    "zero_signal_groups": "skip",
+    "mean_power": 0.0,
+    "mean_power_final": None,
+}
+FIELDS = {f.name: f for f in dataclasses.fields(GMPOConfig)}
+OURS = [f for settings in STAGE_SETTINGS for f in dataclasses.fields(settings)]
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda **options: GMPOConfig(str(tmp_path / "out"), **options)
+
+
+@pytest.mark.parametrize("entry", DOCUMENTED, ids=lambda entry: entry["name"])
+def test_documented_options_have_their_documented_default(entry):
+    field = FIELDS[entry["name"]]
+    if entry["default"] == "<factory>":
+        assert field.default_factory is not dataclasses.MISSING
+    else:
+        assert repr(field.default) == entry["default"]
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_options_have_their_default(name):
+    assert FIELDS[name].default == NEWER[name]
+
+
+def test_one_positional_argument_is_enough_on_a_cpu(tmp_path):
+    config = GMPOConfig(str(tmp_path))
+    assert config.output_dir == str(tmp_path)
+    assert config.epsilon == 0.4
+    assert config.bf16 is False
+    assert GRPOConfig(str(tmp_path)).epsilon == 0.2
+
+
+def test_no_option_of_a_stage_shadows_one_of_another_or_of_the_trainer():
+    names = [f.name for f in OURS]
+    assert len(names) == len(set(names))
+    assert not set(names) & {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
+@pytest.mark.parametrize("field", OURS, ids=lambda field: field.name)
+def test_every_option_says_what_it_does(field):
+    assert len(field.metadata["help"].split()) >= 4
+
+
+ILLEGAL = [
+    ({"temperature": 0.0}, "temperature=0.0 .*above 0"),
+    ({"temperature": float("nan")}, "temperature=nan"),
+    ({"top_p": 1.5}, "top_p=1.5 .*at most 1"),
+    ({"top_p": 0.0}, "top_p=0.0"),
+    ({"top_k": -1}, "top_k=-1 .*at least 0"),
+    ({"top_k": 2.5}, "top_k=2.5 .*whole number"),
+    ({"min_p": -0.1}, "min_p"),
+    ({"epsilon": 0.0}, "epsilon=0.0"),
+    ({"epsilon": -0.2}, "epsilon=-0.2"),
+    ({"epsilon": "wide"}, "epsilon='wide' .*number"),
+    ({"num_generations": 1}, "num_generations=1 .*at least 2"),
+    ({"num_generations": None}, "num_generations=None"),
+    ({"num_iterations": 0}, "num_iterations=0"),
+    ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0"),
+    ({"top_entropy_quantile": 3.0}, "top_entropy_quantile=3.0"),
+    ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha=1.5"),
+    ({"scale_rewards": "std"}, "scale_rewards='std' is not one of 'group', 'batch', 'none'"),
+    ({"loss_type": "ppo"}, "loss_type='ppo'"),
+    ({"batch_layout": "sparse"}, "batch_layout='sparse'"),
+    ({"beta": True}, "beta=True .*number"),
+    ({"disable_dropout": "yes"}, "disable_dropout='yes' .*True or False"),
+    ({"model_init_kwargs": "{bad"}, "model_init_kwargs='{bad'"),
+    ({"chat_template_kwargs": 3}, "chat_template_kwargs=3 .*dict"),
+    ({"steps_per_generation": 2, "generation_batch_size": 16}, "say the same thing twice"),
+    ({"generation_batch_size": 12}, "generation_batch_size=12 .*8 or 16"),
+    ({"num_generations": 3}, "num_generations=3.*6 or 9"),
+    ({"sync_ref_model": True}, "sync_ref_model=True needs a reference.*beta above 0"),
+    ({"log_completions_hub_repo": "me/x"}, "log_completions=True"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 can't act: there are no labels"),
+    ({"label_names": ["x"]}, "label_names="),
+    ({"average_tokens_across_devices": False}, "whole optimizer batch"),
+    ({"train_sampling_strategy": "sequential"}, "shuffle_dataset=False"),
+    ({"length_column_name": "n"}, "length_column_name='n'"),
+    ({"auto_find_batch_size": True}, "max_tokens_per_chunk"),
+    ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "scale_rewards='none'"),
+    ({"warmup_ratio": 0.1, "warmup_steps": 3}, "warmup_ratio=0.1 and warmup_steps=3"),
+    ({"eval_strategy": "steps", "per_device_eval_batch_size": 4}, "per_device_eval_batch_size=4.*num_generations_eval"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ILLEGAL, ids=lambda value: str(value)[:60])
+def test_an_illegal_value_is_refused_with_option_value_and_remedy(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_an_unknown_option_is_refused_with_the_closest_name(make):
+    with pytest.raises(ValueError, match=r"no option 'epsilom'. Did you mean 'epsilon'\?"):
+        make(epsilom=0.2)
+
+
+@pytest.mark.parametrize("field", [f for f in OURS if f.metadata["later"]], ids=lambda field: field.name)
+def test_what_is_not_there_yet_is_refused_and_never_ignored(make, field):
+    other = {bool: lambda: not field.default, str: lambda: (field.metadata["choices"] or ["x"] * 2)[-1]}
+    value = other.get(type(field.default), lambda: 3)()
+    with pytest.raises(ValueError, match=f"{field.name}=.*not available yet"):
+        make(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "rows", "prompts"),
+    [
+        ({}, 1, 8, 1),
+        ({"gradient_accumulation_steps": 4}, 4, 32, 4),
+        ({"steps_per_generation": 6, "num_generations": 4}, 6, 48, 12),
+        ({"generation_batch_size": 64, "per_device_train_batch_size": 4}, 16, 64, 8),
+    ],
+)
+def test_batch_arithmetic(make, options, steps, rows, prompts):
+    config = make(**options)
+    assert config.steps_per_generation == steps
+    assert config.generation_batch_size == rows
+    assert config.prompts_per_collection == prompts
+    assert config.rows_per_rank == rows
+
+
+def test_the_clip_window_is_inert_with_one_optimizer_step_per_collection(make):
+    assert make(gradient_accumulation_steps=2).clip_window_is_inert
+    assert not make(steps_per_generation=2).clip_window_is_inert
+    assert not make(num_iterations=2).clip_window_is_inert
+
+
+def test_old_names_still_act(make, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    config = make(scale_rewards=False, vllm_importance_sampling_cap=2.0, warmup_ratio=0.25, logging_dir="tb")
+    assert config.scale_rewards == "none"
+    assert config.vllm_importance_sampling_clip_max == 2.0
+    assert config.get_warmup_steps(100) == 25
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "tb"
+    assert make(scale_rewards=True).scale_rewards == "group"
+
+
+def test_json_strings_are_read_as_dicts(make):
+    config = make(generation_kwargs='{"top_k": 3}', model_init_kwargs='{"dtype": "float32"}')
+    assert config.generation_kwargs == {"top_k": 3}
+    assert config.model_init_kwargs == {"dtype": "float32"}
+
+
+def test_an_output_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        GMPOConfig(str(tmp_path / "file" / "out"))
+
+
+def test_changed_options_are_those_that_differ_from_the_defaults(make):
+    config = make(epsilon=0.3, temperature=0.7)
+    changed = changed_options(config)
+    assert changed["epsilon"] == 0.3
+    assert changed["temperature"] == 0.7
+    assert "top_p" not in changed
