@@ -179,7 +179,7 @@ def check_rows(batch: Batch) -> Batch:
     order = batch.lengths.argsort(descending=True)[:2].tolist()
     completions = [batch.completion_ids[row, : int(batch.lengths[row])][:CHECK_TOKENS] for row in order]
     spare = torch.arange(3, device=device)
-    prompts += [spare + 1] * (2 - len(prompts))
+    prompts += [spare + 1, spare + 2][len(prompts) :]
     completions += [completions[0].flip(0) if completions else spare] * (2 - len(completions))
     completions = [ids if len(ids) else spare for ids in completions]
 

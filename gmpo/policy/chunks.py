@@ -20,7 +20,7 @@ def cut(batch: Batch, tokens_of: TokensOf, max_tokens: int) -> list[list[int]]:
     sizes = [tokens_of(piece) for piece in pieces]
     for number in range(max(1, min(sum(sizes) // (2 * max_tokens), len(pieces))), len(pieces)):
         sets = [sorted(row for piece in part for row in pieces[piece]) for part in spread(sizes, number)]
-        if all(tokens_of(rows) <= max_tokens for rows in sets):
+        if all(len(rows) == 1 or tokens_of(rows) <= max_tokens for rows in sets):
             return sets
     return pieces
 
