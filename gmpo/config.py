@@ -129,7 +129,7 @@ class GRPOConfig(
             )
 
     def _check_output_dir(self) -> None:
-        folder = os.path.abspath(self.output_dir)
+        folder = os.path.abspath(str(self.output_dir))
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
         if not os.path.isdir(folder):
@@ -185,17 +185,18 @@ class GRPOConfig(
     @property
     def prompts_per_collection(self) -> int:
         """Distinct prompts of one collection, over all ranks."""
-        return self.generation_batch_size // self.num_generations
+        return self.generation_batch_size // self.num_generations  # pyright: ignore[reportOptionalOperand]
 
     @property
     def rows_per_rank(self) -> int:
         """Completions of one collection on each rank."""
-        return self.per_device_train_batch_size * self.steps_per_generation
+        return self.per_device_train_batch_size * self.steps_per_generation  # pyright: ignore[reportOperatorIssue]
 
     @property
     def clip_window_is_inert(self) -> bool:
         """Whether each collection makes a single optimizer step, so that every log-ratio is 0 and nothing clips."""
-        return self.steps_per_generation * self.num_iterations <= self.gradient_accumulation_steps
+        steps = self.steps_per_generation * self.num_iterations  # pyright: ignore[reportOptionalOperand]
+        return steps <= self.gradient_accumulation_steps
 
 
 @_suggest_unknown

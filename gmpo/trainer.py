@@ -11,14 +11,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Trainer,
@@ -41,7 +40,7 @@ from gmpo.policy.router import is_mixture
 from gmpo.policy.scoring import Scorer
 from gmpo.report.completions import CompletionLog, ScoredCompletions
 from gmpo.report.jsonl import JsonlCallback
-from gmpo.report.metrics import Metrics, Stopwatch
+from gmpo.report.metrics import Metrics, Mode, Stopwatch
 from gmpo.report.model_card import model_card
 from gmpo.report.rollouts import rollout_statistics
 from gmpo.reward.advantages import reward_statistics
@@ -60,7 +59,7 @@ class MicroBatch:
 
     batch: Batch
     denominators: Denominators
-    mode: str | None = "train"  # whose metrics its figures go to; None: nobody's
+    mode: Mode | None = "train"  # whose metrics its figures go to; None: nobody's
 
     def __contains__(self, name: str) -> bool:  # the Trainer asks whether its inputs hold "input_ids"
         return False
@@ -90,14 +89,15 @@ class GRPOTrainer(Trainer):
         ValueError, TypeError: For arguments that can't work, before any weight is loaded where it can be known.
     """
 
-    config_class = GRPOConfig
+    args: Any  # a GRPOConfig, whose sizes and folders are settled
+    config_class: type[GRPOConfig] = GRPOConfig
     algorithm_name = "GRPO"
     _tag_names = ("gmpo", "grpo")
     loss_is_scaled_for_ga = True  # denominators are those of the whole optimizer batch already
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | nn.Module,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
@@ -124,7 +124,7 @@ class GRPOTrainer(Trainer):
         for name, rows in named_datasets(eval_dataset).items():
             check_dataset(rows, self.encoder, name=name)
         options = ModelOptions(
-            init_kwargs=args.model_init_kwargs,  # pyright: ignore[reportArgumentType]
+            init_kwargs=args.model_init_kwargs,
             trust_remote_code=args.trust_remote_code,
             chat_template_kwargs=args.chat_template_kwargs,  # pyright: ignore[reportArgumentType]
             device=args.device,
@@ -138,11 +138,11 @@ class GRPOTrainer(Trainer):
         if hasattr(train_dataset, "__len__"):
             self.plan.require(len(train_dataset))
         policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
-        self.reference = make_reference(policy, args.beta, sync=args.sync_ref_model)
+        self.reference: Any = make_reference(policy, args.beta, sync=args.sync_ref_model)
         super().__init__(
             model=policy,
             args=args,
-            data_collator=as_rows,
+            data_collator=cast(Any, as_rows),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -174,7 +174,7 @@ class GRPOTrainer(Trainer):
         return args
 
     def _build_stages(self) -> None:
-        args: GRPOConfig = self.args  # pyright: ignore[reportAssignmentType]
+        args = self.args
         self.objective = objective_from(args, algorithm=args.algorithm)
         self.entropy_bonus = EntropyController(args)
         self.policy_version = PolicyVersion()
@@ -231,7 +231,7 @@ class GRPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's share of a collection, once per micro-step."""
-        args: Any = self.args
+        args = self.args
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset. Pass one to the trainer.")
         dataset: Any = self.train_dataset
@@ -266,7 +266,7 @@ class GRPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every prompt of the evaluation set once, `eval_group_size` times in a row."""
-        args: Any = self.args
+        args = self.args
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # pyright: ignore
         if dataset is None:
@@ -306,7 +306,7 @@ class GRPOTrainer(Trainer):
             number: Of the collection within this optimizer step; with the step it names all of its random numbers.
             remaining: How many of its micro-batches belong to this optimizer step.
         """
-        args: Any = self.args
+        args = self.args
         seed = mixed_seed(args.seed, self.state.global_step, number)
         collection = self.collector.collect(
             rows,
@@ -342,7 +342,7 @@ class GRPOTrainer(Trainer):
                 tokens=tokens,
                 micro_batch_tokens=float(b.num_written.sum()),
                 micro_batches=micro_batches,
-                max_completion_length=self.args.max_completion_length,  # pyright: ignore
+                max_completion_length=self.args.max_completion_length,
             )
             for b in batches
         ]
@@ -354,8 +354,8 @@ class GRPOTrainer(Trainer):
             This rank's share of the loss of the optimizer batch, times the number of ranks (which are averaged over).
         """
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # pyright: ignore
+        if callable(prepare := getattr(self.optimizer, "train", None)):  # a schedule-free optimizer
+            prepare()
         with self.stopwatch.timed("learn"):
             batch = inputs.batch
             select = self._select(model, batch)
@@ -405,7 +405,7 @@ class GRPOTrainer(Trainer):
             statistics.update(seen)
             return loss
 
-        router_weight = self.args.router_aux_loss_coef * len(batch) / inputs.denominators.rows  # pyright: ignore
+        router_weight = self.args.router_aux_loss_coef * len(batch) / inputs.denominators.rows
         loss = self.scorer.loss(
             model,
             batch,
@@ -415,7 +415,7 @@ class GRPOTrainer(Trainer):
         )
         if inputs.mode is None:
             return loss
-        self.metrics.add(statistics, mode=inputs.mode)  # pyright: ignore[reportArgumentType]
+        self.metrics.add(statistics, mode=inputs.mode)
         if self.entropy_bonus.adaptive and inputs.mode == "train":
             old, new = self._step_entropy, statistics.means["entropy"]
             self._step_entropy = (old[0] + new[0], old[1] + new[1])
@@ -423,7 +423,7 @@ class GRPOTrainer(Trainer):
 
     def _chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         """`rows` ([b] int64) cut into forward chunks; as many on every rank where a sharded model needs all of them."""
-        limit: int | None = self.args.max_tokens_per_chunk  # pyright: ignore
+        limit: int | None = self.args.max_tokens_per_chunk
         part = batch.rows(rows)
         chunks = self.scorer.chunks(part, limit) if len(rows) else []
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -436,7 +436,7 @@ class GRPOTrainer(Trainer):
 
         Where none can, but other ranks wait for our backward pass, one row goes through the model without counting.
         """
-        args: Any = self.args
+        args = self.args
         everything = torch.arange(len(batch))
         other_terms = args.beta > 0 or self.entropy_bonus.coef != 0.0 or self._routed
         if args.zero_signal_groups == "keep" or other_terms:
@@ -448,7 +448,7 @@ class GRPOTrainer(Trainer):
 
     def _select(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B, T] the tokens that may receive policy gradient: those of high entropy over all ranks, or all."""
-        quantile: float = self.args.top_entropy_quantile  # pyright: ignore
+        quantile: float = self.args.top_entropy_quantile
         if quantile >= 1.0:
             return batch.mask
         entropy = self.collector.entropy(model, batch)
@@ -489,7 +489,7 @@ class GRPOTrainer(Trainer):
             The loss of the batch; and, if there is a `compute_metrics` to get them, completion ids [n, T] (-100 on
             padding) as predictions and rewards [n, F] as labels.
         """
-        args: Any = self.args
+        args = self.args
         collection = self.collector.collect(
             inputs,
             sampling=self.sampling,
@@ -513,7 +513,7 @@ class GRPOTrainer(Trainer):
         if prediction_loss_only or self.compute_metrics is None:
             return loss, None, None
         prompts = [torch.tensor(rollout.prompt.ids) for rollout in collection.rollouts]
-        inputs.encoded[self.model.main_input_name] = nn.utils.rnn.pad_sequence(prompts, True, -100, "left")
+        inputs.encoded[self.unwrapped_policy().main_input_name] = nn.utils.rnn.pad_sequence(prompts, True, -100, "left")
         inside = torch.arange(batch.mask.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
         predictions = batch.completion_ids.masked_fill(~inside, -100)
         return loss, predictions, collection.scored.rewards.to(args.device, torch.float32)
@@ -522,14 +522,14 @@ class GRPOTrainer(Trainer):
         """The Trainer's loop, with our metrics among its own, so that `metric_for_best_model` can name any of them."""
         self.gather_function = gathered_as_objects if self.args.eval_use_gather_object else distributed.gathered
         with self.stopwatch.paused():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             output.metrics.update(self.metrics.reduce(mode="eval", prefix=metric_key_prefix))
             self.completion_log.write(step=self.state.global_step, mode="eval")
         return output
 
     # -- reports ------------------------------------------------------------------------------------------------------
 
-    def _report(self, collection: Collection, rows: Rows, *, mode: str) -> None:
+    def _report(self, collection: Collection, rows: Rows, *, mode: Mode) -> None:
         statistics = rollout_statistics(collection.rollouts)
         names = [source.name for source in self.reward_sources]
         statistics.update(reward_statistics(names, collection.all_rewards, collection.advantages))
@@ -616,7 +616,7 @@ class GRPOTrainer(Trainer):
             return
         folder = os.path.join(self.args.output_dir, f"checkpoint-{steps}")
         if not os.path.exists(os.path.join(folder, "trainer_state.json")):
-            self._save_checkpoint(self.model_wrapped, trial=None)
+            self._save_checkpoint(cast(nn.Module, self.model_wrapped), trial=None)
         error.add_note(f"What was learned in {steps} steps is in {folder}; train(resume_from_checkpoint=True) goes on.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -80,7 +80,10 @@ def finish(trainer: Any, script: ScriptOptions, config: GRPOConfig) -> None:
             trainer.create_model_card(dataset_name=script.dataset)
         if (folder / "metrics.jsonl").exists():
             with or_warn("draw the training curves"):
-                model, dataset = Path(script.model).name, Path(str(script.dataset)).name  # of a folder, its name alone
+                model, dataset = (
+                    Path(str(script.model)).name,
+                    Path(str(script.dataset)).name,
+                )  # of a folder, its name alone
                 title = f"{model} on {dataset}, {script.algorithm.upper()}"
                 training_curves(folder / "metrics.jsonl", folder / "training_curves.png", title=title)
         print(what_is_where(folder, adapter=script.peft is not None))
