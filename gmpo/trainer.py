@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -97,12 +95,12 @@ class GRPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: Any,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        processing_class: Any = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
