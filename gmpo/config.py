@@ -8,7 +8,7 @@ import difflib
 import functools
 import os
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -23,12 +23,14 @@ from gmpo.report.settings import ReportSettings
 from gmpo.reward.settings import RewardSettings, check_rewards
 from gmpo.rollout.settings import RolloutSettings, check_vllm_options
 
+Config = TypeVar("Config", bound=type)
+
 STAGE_SETTINGS = (DataSettings, RolloutSettings, RewardSettings, PolicySettings, ObjectiveSettings, ReportSettings)
 
 
-def _suggest_unknown(cls: type) -> type:
+def _suggest_unknown(cls: Config) -> Config:
     """Make the constructor of `cls` name the closest option when it gets one that does not exist."""
-    generated = cls.__init__
+    generated: Any = cls.__init__
 
     @functools.wraps(generated)
     def init(self, *args, **kwargs):
@@ -193,10 +195,14 @@ class GRPOConfig(
         return self.per_device_train_batch_size * self.steps_per_generation  # pyright: ignore[reportOperatorIssue]
 
     @property
+    def micro_steps_per_collection(self) -> int:
+        """Micro-batches that each rank trains on before the next collection."""
+        return self.steps_per_generation * self.num_iterations  # pyright: ignore[reportOptionalOperand]
+
+    @property
     def clip_window_is_inert(self) -> bool:
         """Whether each collection makes a single optimizer step, so that every log-ratio is 0 and nothing clips."""
-        steps = self.steps_per_generation * self.num_iterations  # pyright: ignore[reportOptionalOperand]
-        return steps <= self.gradient_accumulation_steps
+        return self.micro_steps_per_collection <= self.gradient_accumulation_steps
 
 
 @_suggest_unknown

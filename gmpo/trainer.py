@@ -95,7 +95,7 @@ class GRPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any,
+        model: str | nn.Module,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
@@ -111,35 +111,35 @@ class GRPOTrainer(Trainer):
         environment_factory: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
-        args = self._checked_args(args, model)
+        config: Any = self._checked_args(args, model)
         refuse_later_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
-        set_seed(args.seed)
+        set_seed(config.seed)
         if isinstance(model, str):
             check_path(model)
-        tokenizer = processing_class or tokenizer_of(model, args)
-        self.encoder = PromptEncoder.build(tokenizer, model, args)
+        tokenizer = processing_class or tokenizer_of(model, config)
+        self.encoder = PromptEncoder.build(tokenizer, model, config)
         check_dataset(train_dataset, self.encoder, name="train_dataset")
         for name, rows in named_datasets(eval_dataset).items():
             check_dataset(rows, self.encoder, name=name)
         options = ModelOptions(
-            init_kwargs=args.model_init_kwargs,
-            trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=args.chat_template_kwargs,  # pyright: ignore[reportArgumentType]
-            device=args.device,
+            init_kwargs=config.model_init_kwargs,
+            trust_remote_code=config.trust_remote_code,
+            chat_template_kwargs=config.chat_template_kwargs,
+            device=config.device,
         )
         self.reward_sources = build_sources(
-            reward_funcs, reward_processing_classes, settings=args, model_options=options
+            reward_funcs, reward_processing_classes, settings=config, model_options=options
         )
         self.plan = CollectionPlan(
-            args.num_generations, args.generation_batch_size, args.steps_per_generation * args.num_iterations
+            config.num_generations, config.generation_batch_size, config.micro_steps_per_collection
         )
         if hasattr(train_dataset, "__len__"):
             self.plan.require(len(train_dataset))
-        policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
-        self.reference: Any = make_reference(policy, args.beta, sync=args.sync_ref_model)
+        policy = load_policy(model, config, quantization_config=quantization_config, peft_config=peft_config)
+        self.reference: Any = make_reference(policy, config.beta, sync=config.sync_ref_model)
         super().__init__(
             model=policy,
-            args=args,
+            args=config,
             data_collator=cast(Any, as_rows),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

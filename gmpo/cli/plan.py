@@ -40,7 +40,7 @@ def as_yaml(values: dict[str, Any]) -> str:
 def arithmetic(config: GRPOConfig, num_prompts: int | None) -> Iterator[str]:
     """How prompts become completions, collections and optimizer steps, a line each."""
     completions = config.generation_batch_size
-    micro_steps = config.steps_per_generation * config.num_iterations
+    micro_steps = config.micro_steps_per_collection
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     prompts, updates = config.prompts_per_collection, micro_steps / config.gradient_accumulation_steps
     yield f"# a collection: {prompts} prompts x {config.num_generations} = {completions} completions"
@@ -69,6 +69,6 @@ def total_steps(config: GRPOConfig, num_prompts: int | None) -> int | None:
     if num_prompts is None:
         return None
     collections = num_prompts // config.prompts_per_collection
-    micro_steps = collections * config.steps_per_generation * config.num_iterations
+    micro_steps = collections * config.micro_steps_per_collection
     per_epoch = math.ceil(micro_steps / config.gradient_accumulation_steps)
     return math.ceil(config.num_train_epochs * per_epoch)
