@@ -107,22 +107,35 @@ class LinearTiles:
         Returns:
             [r, H] with respect to the hidden states, in the wide dtype.
         """
-        scale = None
-        if self.narrow:  # 16-bit floats lose what is small
-            scale = into_logps.abs().amax() + (0.0 if into_entropy is None else into_entropy.abs().amax()) + 1e-30
-            into_logps, into_entropy = into_logps / scale, None if into_entropy is None else into_entropy / scale
+        if self.narrow:
+            return self._narrow_gradients(into_logps, into_entropy, into_weight, into_bias)
         self._outputs_to_gradient(into_logps, into_entropy)
         if into_bias is not None:
-            into_bias.add_(self.outputs.sum(0, dtype=self.wide) if scale is None else self.outputs.sum(0) * scale)
-        if scale is None:
-            if into_weight is not None:
-                into_weight.addmm_(self.outputs.T, self.hidden)
-            return self.outputs @ self.weight
+            into_bias.add_(self.outputs.sum(0))
         if into_weight is not None:
-            columns = self.outputs.split(SOME_VOCABULARY, dim=1)
-            for part, column in zip(into_weight.split(SOME_VOCABULARY), columns, strict=True):
-                part += (column.T @ self.hidden).to(self.wide) * scale
-        return (self.outputs @ self.weight).to(self.wide) * scale
+            into_weight.addmm_(self.outputs.T, self.hidden)
+        return self.outputs @ self.weight
+
+    def _narrow_gradients(
+        self, into_logps: Tensor, into_entropy: Tensor | None, into_weight: Tensor | None, into_bias: Tensor | None
+    ) -> Tensor:
+        """As `gradients`; 16-bit floats lose what is small, so every row goes through them at a size of about 1.
+
+        What is left to lose are gradients that go back to the caller in 16 bits: for those there are loss scalers.
+        """
+        scale = into_logps.abs() + 1e-30 if into_entropy is None else into_logps.abs() + into_entropy.abs() + 1e-30
+        into_entropy = None if into_entropy is None else into_entropy / scale
+        self._outputs_to_gradient(into_logps / scale, into_entropy)
+        size = scale.norm()  # between what would let the sum of all rows overflow and what would let one vanish
+        hidden = (self.hidden * (scale / size)[:, None]).to(self.hidden.dtype)
+        trained = into_weight is not None or into_bias is not None
+        for start in range(0, len(self.weight) if trained else 0, SOME_VOCABULARY):
+            columns = slice(start, start + SOME_VOCABULARY)
+            if into_bias is not None:
+                into_bias[columns] += scale @ self.outputs[:, columns].to(self.wide)
+            if into_weight is not None:
+                into_weight[columns] += (self.outputs[:, columns].T @ hidden).to(self.wide) * size
+        return (self.outputs @ self.weight).to(self.wide) * scale[:, None]
 
     def _outputs_to_gradient(self, into_logps: Tensor, into_entropy: Tensor | None) -> None:
         """Turn the outputs of the head into the gradients with respect to them.

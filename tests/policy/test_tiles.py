@@ -150,3 +150,45 @@ def test_no_rows_give_no_scores_and_zero_gradients():
     assert logps.shape == entropy.shape == (0,)
     found = grads_of(logps.sum() + entropy.sum(), hidden, head)
     assert all((gradient == 0).all() for gradient in found)
+
+
+# -- 16 bits ----------------------------------------------------------------------------------------------------------
+
+SIZES_OF_GRADIENTS = {  # of the log-probs; of a mean over many tokens, and of tokens that matter differently
+    "all tiny": lambda: torch.full((ROWS,), 1e-6),
+    "tiny beside large": lambda: torch.logspace(0, -8, ROWS),
+}
+
+
+def sixteen_bit_gradients(path, hidden, head, targets, into_logps):
+    if path == "fused":
+        loss = fused_loss(hidden, head, targets, [ROWS], lambda tile, logps, entropy: (logps * into_logps).sum())
+    else:
+        logps, _ = token_scores(hidden, Head(head), targets, want_entropy_grad=path == "scores")
+        loss = (logps * into_logps).sum()
+    return torch.autograd.grad(loss, [hidden, *(p for p in head.parameters() if p.requires_grad)])
+
+
+@pytest.mark.parametrize("sizes", SIZES_OF_GRADIENTS.values(), ids=SIZES_OF_GRADIENTS)
+@pytest.mark.parametrize("mixed", [False, True], ids=["16-bit weights", "autocast"])
+@pytest.mark.parametrize("path", ["scores", "frozen", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bit_heads_keep_gradients_that_are_too_small_for_sixteen_bits(dtype, path, mixed, sizes):
+    torch.manual_seed(0)
+    head = nn.Linear(HIDDEN, VOCABULARY).to(dtype).float()
+    hidden, targets, into_logps = torch.randn(ROWS, HIDDEN).to(dtype), torch.arange(ROWS) % VOCABULARY, sizes()
+    exact = hidden.float().requires_grad_()
+    every = torch.log_softmax(nn.functional.linear(exact, head.weight, head.bias), -1)
+    expected = grads_of((every[torch.arange(ROWS), targets] * into_logps).sum(), exact, head)
+
+    hidden = (hidden.float() if mixed else hidden).requires_grad_()
+    head = head.requires_grad_(path != "frozen") if mixed else head.to(dtype).requires_grad_(path != "frozen")
+    with torch.autocast("cpu", dtype, enabled=mixed):
+        found = sixteen_bit_gradients(path, hidden, head, targets, into_logps)
+    # What is given back in 16 bits is rounded to them; nothing else may be lost.
+    rounding = 0.0 if mixed else torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    relative = 8 * torch.finfo(dtype).eps
+    for row, wanted in zip(found[0].float(), expected[0], strict=True):
+        assert (row - wanted).norm() <= relative * wanted.norm() + rounding * HIDDEN
+    for values, wanted in zip(found[1:], expected[1:], strict=False):
+        assert (values.float() - wanted).norm() <= relative * wanted.norm() + rounding * values.numel() ** 0.5
