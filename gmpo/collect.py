@@ -1,7 +1,8 @@
 """Dataset rows in, a batch to train on out: generate, reward, advantages, old and reference log-probs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gmpo import distributed
 from gmpo.data.micro_batches import mixed_seed
 from gmpo.data.sampler import Rows
+from gmpo.data.spare import SpareRows, prompt_key
 from gmpo.policy.scoring import Scorer
 from gmpo.report.metrics import Stopwatch
 from gmpo.reward.advantages import Advantages, group_advantages
@@ -26,11 +28,13 @@ from gmpo.types import Batch, Rollout, Scores
 class Collection:
     """One collection's rows on this rank, and everything that is worth reporting about them."""
 
-    batch: Batch
+    rows: Rows  # what the completions answer
     rollouts: list[Rollout]
     scored: Scored  # of this rank's rows
     all_rewards: Tensor  # [N, F] over all ranks, NaN = not scored
     advantages: Advantages  # [N] over all ranks
+    batch: Batch
+    dropped: list[Rollout] = field(default_factory=list)  # of prompts that others were drawn for
 
 
 @dataclass(slots=True)
@@ -49,17 +53,62 @@ class Collector:
     max_tokens_per_chunk: int | None
     trainer_state: Any = None  # what reward functions get as `trainer_state`
 
-    def collect(self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int) -> Collection:
-        """Generate, score and take advantages.  Old and reference log-probs come later, where they are needed."""
+    def collect(
+        self,
+        rows: Rows,
+        *,
+        sampling: Sampling,
+        group_size: int,
+        seed: int,
+        version: int,
+        spare: SpareRows | None = None,
+        max_resamples: int = 0,
+    ) -> Collection:
+        """Generate, score and take advantages.  Old and reference log-probs come later, where they are needed.
+
+        Args:
+            spare: Where prompts come from that are put in the place of those whose groups carry no signal.
+            max_resamples: How often to look for better ones, at most.
+        """
+        write = partial(self._written, sampling=sampling, group_size=group_size, version=version)
+        collection = write(rows, seed=seed)
+        for attempt in range(1, max_resamples + 1) if spare is not None else ():
+            chosen = replacements(collection, group_size, spare, seed=mixed_seed(seed, attempt, 0))
+            if not chosen:
+                break
+            part = replaced_rows(collection.rows, chosen, group_size)
+            again = write(part, seed=mixed_seed(seed, attempt, 1))
+            collection = self._merged(collection, again, chosen, group_size)
+        return collection
+
+    def _written(self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int) -> Collection:
         rollouts = self._generate(rows, sampling=sampling, group_size=group_size, seed=seed, version=version)
         with self.stopwatch.timed("reward"):
             scored = together(lambda: score(self.sources, rollouts, rows.rows, trainer_state=self.trainer_state))
-            all_rewards = distributed.gathered(scored.rewards)
+        return self._weighed(rows, rollouts, scored, group_size)
+
+    def _weighed(self, rows: Rows, rollouts: list[Rollout], scored: Scored, group_size: int) -> Collection:
+        """With advantages, which take the rewards of all ranks."""
+        all_rewards = distributed.gathered(scored.rewards)
         advantages = group_advantages(all_rewards, group_size, self.reward_settings)
         offset = sum(distributed.gathered_objects(len(rollouts))[: distributed.rank()])
         mine = advantages.advantages[offset : offset + len(rollouts)]
         batch = as_batch(rollouts, mine, group=group_indices(rows.rows), mask_truncated=self.mask_truncated)
-        return Collection(batch, rollouts, scored, all_rewards, advantages)
+        return Collection(rows, rollouts, scored, all_rewards, advantages, batch)
+
+    def _merged(
+        self, old: Collection, new: Collection, chosen: dict[int, dict[str, Any]], group_size: int
+    ) -> Collection:
+        """`old` with the rows of `new` in the place of the groups that `chosen` names."""
+        places = places_of(old.rows, chosen, group_size)
+        rows, rollouts = list(old.rows.rows), list(old.rollouts)
+        for place, row, rollout in zip(places, new.rows.rows, new.rollouts, strict=True):
+            rows[place], rollouts[place] = row, rollout
+        merged = self._weighed(
+            replace(old.rows, rows=rows), rollouts, old.scored.replaced(places, new.scored), group_size
+        )
+        merged.dropped = old.dropped + [old.rollouts[place] for place in places]
+        return merged
 
     def _generate(self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int) -> list[Rollout]:
         with self.stopwatch.timed("publish"):
@@ -112,6 +161,29 @@ class Collector:
             width = scores.logps.shape[1]
             logps[rows, :width], entropy[rows, :width] = scores.logps, scores.entropy
         return Scores(logps=logps, entropy=entropy)
+
+
+def replacements(collection: Collection, group_size: int, spare: SpareRows, *, seed: int) -> dict[int, dict[str, Any]]:
+    """A row for each group without signal, by the group's number over all ranks.  Every rank must call."""
+    silent = collection.advantages.zero_signal.view(-1, group_size).all(1).nonzero().flatten().tolist()
+    if not silent:
+        return {}
+    here = {prompt_key(row) for row in collection.rows.rows}
+    at_hand = set().union(*distributed.gathered_objects(here))
+    drawn = together(lambda: spare.draw(len(silent), without=at_hand, seed=seed))
+    return dict(zip(silent, drawn, strict=False))
+
+
+def replaced_rows(rows: Rows, chosen: dict[int, dict[str, Any]], group_size: int) -> Rows:
+    """This rank's share of the rows of the groups that `chosen` names, with the rows that it gives them."""
+    mine = [chosen[(rows.first + place) // group_size] for place in places_of(rows, chosen, group_size)]
+    before = sum(1 for row in range(rows.first) if row // group_size in chosen)
+    return Rows(position=rows.position, first=before, rows=mine)
+
+
+def places_of(rows: Rows, chosen: dict[int, dict[str, Any]], group_size: int) -> list[int]:
+    """Which of this rank's rows belong to the groups that `chosen` names."""
+    return [place for place in range(len(rows.rows)) if (rows.first + place) // group_size in chosen]
 
 
 def group_indices(rows: Sequence[dict[str, Any]]) -> list[int]:

@@ -120,8 +120,11 @@ class GRPOConfig(
                 f"generation_batch_size={self.generation_batch_size} and "
                 f"steps_per_generation={self.steps_per_generation} say the same thing twice. Keep one of them."
             )
-        if self.zero_signal_groups == "resample":
-            raise ValueError("zero_signal_groups='resample' is not available yet. Use 'skip' or 'keep'.")
+        if self.max_resamples != 3 and self.zero_signal_groups != "resample":
+            raise ValueError(
+                f"max_resamples={self.max_resamples} would do nothing with zero_signal_groups="
+                f"{self.zero_signal_groups!r}. Set zero_signal_groups='resample', or leave max_resamples out."
+            )
         if self.sync_ref_model and self.beta == 0.0:
             raise ValueError("sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model off.")
         if self.log_completions_hub_repo is not None and not self.log_completions:

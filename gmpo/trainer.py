@@ -28,6 +28,7 @@ from gmpo.collect import Collection, Collector
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.data.micro_batches import mixed_seed, split_into_micro_batches
 from gmpo.data.sampler import CollectionPlan, CollectionSampler, EvalSampler, KeyedRows, Rows, StreamedRows, as_rows
+from gmpo.data.spare import SpareRows
 from gmpo.objective.entropy import EntropyController
 from gmpo.objective.family import objective_from
 from gmpo.objective.inputs import Denominators, ObjectiveInputs
@@ -135,6 +136,11 @@ class GRPOTrainer(Trainer):
         )
         if hasattr(train_dataset, "__len__"):
             self.plan.require(len(train_dataset))
+        elif train_dataset is not None and config.zero_signal_groups == "resample":
+            raise ValueError(
+                "zero_signal_groups='resample' draws other prompts, which an iterable train_dataset can't give. "
+                "Use a map-style dataset, or zero_signal_groups='skip'."
+            )
         policy = load_policy(model, config, quantization_config=quantization_config, peft_config=peft_config)
         self.reference: Any = make_reference(policy, config.beta, sync=config.sync_ref_model)
         super().__init__(
@@ -212,6 +218,7 @@ class GRPOTrainer(Trainer):
         )
         self._routed = args.router_aux_loss_coef > 0.0 and is_mixture(self.unwrapped_policy())
         self._num_parameters = sum(p.numel() for p in self.unwrapped_policy().parameters())
+        self.spare_rows = SpareRows(self._training_rows()) if args.zero_signal_groups == "resample" else None
         self._pending: list[Batch] = []  # micro-batches of the current collection, in the order of their micro-steps
         self._steps_at_last_log = 0
         self._step_entropy = (torch.zeros(()), torch.zeros(()))  # sum and count over the tokens of this optimizer step
@@ -232,9 +239,7 @@ class GRPOTrainer(Trainer):
         args = self.args
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset. Pass one to the trainer.")
-        dataset: Any = self.train_dataset
-        if args.remove_unused_columns:
-            dataset = dataset.select_columns([c for c in ("prompt", "image", "images") if c in dataset.column_names])
+        dataset = self._training_rows()
         seed = args.seed if args.data_seed is None else args.data_seed
         loader = self._loader_options()
         if hasattr(dataset, "__len__"):
@@ -251,6 +256,12 @@ class GRPOTrainer(Trainer):
             self.accelerator.dataloader_config.dispatch_batches = False  # rows are dicts, not tensors to cut
             loader |= {"dataset": stream, "batch_size": args.rows_per_rank, "drop_last": True, "num_workers": 0}
         return self.accelerator.prepare(DataLoader(**loader))
+
+    def _training_rows(self) -> Any:
+        dataset: Any = self.train_dataset
+        if not self.args.remove_unused_columns:
+            return dataset
+        return dataset.select_columns([c for c in ("prompt", "image", "images") if c in dataset.column_names])
 
     def _loader_options(self) -> dict[str, Any]:
         args = self.args
@@ -312,8 +323,10 @@ class GRPOTrainer(Trainer):
             group_size=args.num_generations,
             seed=seed,
             version=self.policy_version.current,
+            spare=self.spare_rows,
+            max_resamples=args.max_resamples,
         )
-        self._report(collection, rows, mode="train")
+        self._report(collection, mode="train")
         batch = collection.batch.to(args.device)
         slices = split_into_micro_batches(
             collection.batch.group, rows=args.per_device_train_batch_size, passes=args.num_iterations, seed=seed
@@ -495,7 +508,7 @@ class GRPOTrainer(Trainer):
             seed=mixed_seed(args.seed, -1, inputs.position),
             version=self.policy_version.current,
         )
-        self._report(collection, inputs, mode="eval")
+        self._report(collection, mode="eval")
         batch = collection.batch.to(args.device)
         if self.reference is not None:
             self.collector.add_reference(self.reference, model, batch)
@@ -527,15 +540,18 @@ class GRPOTrainer(Trainer):
 
     # -- reports ------------------------------------------------------------------------------------------------------
 
-    def _report(self, collection: Collection, rows: Rows, *, mode: Mode) -> None:
+    def _report(self, collection: Collection, *, mode: Mode) -> None:
         statistics = rollout_statistics(collection.rollouts)
         names = [source.name for source in self.reward_sources]
         statistics.update(reward_statistics(names, collection.all_rewards, collection.advantages))
         statistics.update(Statistics(means=collection.scored.metrics))
         if mode == "train":
-            tokens = sum(len(rollout.prompt.ids) + len(rollout.ids) for rollout in collection.rollouts)
+            written = [*collection.rollouts, *collection.dropped]
+            tokens = sum(len(rollout.prompt.ids) + len(rollout.ids) for rollout in written)
             self.state.num_input_tokens_seen += int(distributed.reduced(torch.tensor(tokens)))
             statistics.maxima["num_tokens"] = float(self.state.num_input_tokens_seen)
+            if self.spare_rows is not None:
+                statistics.means["signal/dropped"] = (float(len(collection.dropped)), float(len(written)))
         self.metrics.add(statistics, mode=mode)
         self.completion_log.add(scored_completions(collection, names), step=self.state.global_step, mode=mode)
 

@@ -27,7 +27,8 @@ class DataSettings:
     zero_signal_groups: str = option(
         "skip",
         "What to do with groups whose rewards are all equal: 'skip' their forward and backward when that is exact (no "
-        "KL, entropy bonus or auxiliary loss), denominators unchanged; 'keep' them; 'resample' other prompts instead.",
+        "KL, entropy bonus or auxiliary loss), denominators unchanged; 'keep' them; 'resample': draw other prompts in "
+        "their place, and skip the groups that are left.",
         choices=("skip", "keep", "resample"),
     )
     max_resamples: int = option(3, "With zero_signal_groups='resample': further draws per collection, at most.", low=1)

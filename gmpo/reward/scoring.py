@@ -38,6 +38,21 @@ class Scored:
     extra: dict[str, list[Any]] = field(default_factory=dict)  # column -> N values, from log_extra
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> (sum, count), from log_metric
 
+    def replaced(self, places: Sequence[int], other: "Scored") -> "Scored":
+        """With what `other` says of its completions at `places`; metrics are of everything that was scored."""
+        rewards = self.rewards.clone()
+        rewards[list(places)] = other.rewards
+        nothing = [None] * len(rewards)
+        extra = {name: list(self.extra.get(name, nothing)) for name in {**self.extra, **other.extra}}
+        for name, values in extra.items():
+            for place, value in zip(places, other.extra.get(name, nothing), strict=False):
+                values[place] = value
+        metrics = dict(self.metrics)
+        for name, (total, count) in other.metrics.items():
+            known = metrics.get(name, (0.0, 0.0))
+            metrics[name] = (known[0] + total, known[1] + count)
+        return Scored(rewards, extra, metrics)
+
 
 def score(
     sources: Sequence[RewardSource],

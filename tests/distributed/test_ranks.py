@@ -56,6 +56,7 @@ def free_port():
 CASES = {
     "plain": {},
     "reference": {"beta": 0.1},
+    "resampling": {"zero_signal_groups": "resample", "gradient_accumulation_steps": 1},
     "chunks": {"max_tokens_per_chunk": 12},
     "entropy selection": {"top_entropy_quantile": 0.5, "gradient_accumulation_steps": 1},
     "a group over both ranks": {"num_generations": 16},

@@ -1,0 +1,47 @@
+"""Prompts to put in the place of those whose completions are all worth the same."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+class SpareRows:
+    """Rows of a map-style dataset in a seeded order, without those at hand.
+
+    Args:
+        dataset: Has a length, and gives rows with a `prompt`.
+    """
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def draw(self, count: int, *, without: set[str], seed: int) -> list[Row]:
+        """`count` rows of distinct prompts, fewer if there are no more.  The same on every rank.
+
+        Args:
+            without: Prompts not to draw, as `prompt_key` gives them.
+            seed: Names the order.
+        """
+        drawn: list[Row] = []
+        taken = set(without)
+        for row in self._shuffled(seed):
+            if len(drawn) == count:
+                break
+            if prompt_key(row) not in taken:
+                taken.add(prompt_key(row))
+                drawn.append(row)
+        return drawn
+
+    def _shuffled(self, seed: int) -> Iterator[Row]:
+        generator = torch.Generator().manual_seed(seed)
+        for index in torch.randperm(len(self.dataset), generator=generator).tolist():
+            yield dict(self.dataset[index])
+
+
+def prompt_key(row: Row) -> str:
+    """Rows with the same prompt have the same key."""
+    return json.dumps(row["prompt"], sort_keys=True, default=repr)
