@@ -72,7 +72,9 @@ class Collector:
         """
         write = partial(self._written, sampling=sampling, group_size=group_size, version=version)
         collection = write(rows, seed=seed)
-        for attempt in range(1, max_resamples + 1) if spare is not None else ():
+        for attempt in range(1, max_resamples + 1):
+            if spare is None:
+                break
             chosen = replacements(collection, group_size, spare, seed=mixed_seed(seed, attempt, 0))
             if not chosen:
                 break

@@ -6,6 +6,7 @@ supervised training in two places: an optimizer step first sees that there are c
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import warnings
@@ -220,6 +221,8 @@ class GRPOTrainer(Trainer):
         self._num_parameters = sum(p.numel() for p in self.unwrapped_policy().parameters())
         self.spare_rows = SpareRows(self._training_rows()) if args.zero_signal_groups == "resample" else None
         self._pending: list[Batch] = []  # micro-batches of the current collection, in the order of their micro-steps
+        self._added: list[MicroBatch] = []  # those whose gradients this optimizer step has already
+        self.max_tokens_per_chunk: int | None = args.max_tokens_per_chunk
         self._steps_at_last_log = 0
         self._step_entropy = (torch.zeros(()), torch.zeros(()))  # sum and count over the tokens of this optimizer step
         self.add_callback(JsonlCallback)
@@ -295,6 +298,7 @@ class GRPOTrainer(Trainer):
         self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], None]:
         """The micro-batches of one optimizer step; makes a collection wherever one begins, or where none is at hand."""
+        self._added = []
         batches: list[Batch] = []
         collections = 0
         for number in range(num_batches):
@@ -368,23 +372,77 @@ class GRPOTrainer(Trainer):
         if callable(prepare := getattr(self.optimizer, "train", None)):  # a schedule-free optimizer
             prepare()
         with self.stopwatch.timed("learn"):
-            batch = inputs.batch
-            select = self._select(model, batch)
-            carrying, counted = self._rows_with_gradient(batch)
-            chunks = self._chunks(batch, carrying)
-            total = torch.zeros((), device=self.args.device)
-            for number, rows in enumerate(chunks):
-                chunk = MicroBatch(batch.rows(rows), inputs.denominators, mode="train" if counted else None)
-                with self._synchronised_only(model, last=number == len(chunks) - 1):
-                    with self.compute_loss_context_manager():
-                        loss = self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]])
-                    self._backward(loss * distributed.world_size())
-                total += loss.detach() * distributed.world_size()
-            if not len(chunks):
-                self._leave_zero_gradients(model)
-            self.stopwatch.count_tokens("learn", int(batch.num_written.sum()))
+            total = self._gradient_within_memory(model, inputs)
+            self.stopwatch.count_tokens("learn", int(inputs.batch.num_written.sum()))
         self._release_cache()
         return total
+
+    def _gradient_within_memory(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        """`_add_gradient`, again with smaller chunks where the accelerator's memory did not suffice.
+
+        A failed pass may have left a part of its gradient, so the optimizer step's gradient is made anew from its first
+        micro-batch on: the update is the one that more memory would have given.
+        """
+        while True:
+            try:
+                total = self._add_gradient(model, inputs)
+                self._added.append(inputs)
+                return total
+            except torch.OutOfMemoryError as error:
+                self._make_room(error, inputs.batch)
+            model.zero_grad()  # here, where the error no longer holds the failed pass
+            for earlier in self._added:
+                self._add_gradient(model, dataclasses.replace(earlier, mode=None))
+
+    def _make_room(self, error: Exception, batch: Batch) -> None:
+        """Halve the chunks; raise `error` where that can't help."""
+        chunks = self._chunks(batch, torch.arange(len(batch)))
+        largest = max(chunks, key=lambda rows: self.scorer.tokens(batch.rows(rows)))
+        if distributed.world_size() > 1:  # the others are past a collective, or wait in one
+            error.add_note(
+                "Set max_tokens_per_chunk to bound the memory; with one process gmpo finds the bound itself."
+            )
+            raise error
+        if len(largest) == 1:
+            error.add_note("A single completion with its prompt does not fit. Lower max_completion_length.")
+            raise error
+        tokens = self.scorer.tokens(batch.rows(largest))
+        self.max_tokens_per_chunk = tokens // 2
+        warnings.warn(
+            f"Out of memory in a chunk of {tokens} tokens: the step is repeated with at most {tokens // 2}. Set "
+            f"max_tokens_per_chunk={tokens // 2} to begin there.",
+            stacklevel=2,
+        )
+
+    def _add_gradient(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        batch = inputs.batch
+        select = self._select(model, batch)
+        carrying, counted = self._rows_with_gradient(batch)
+        chunks = self._chunks(batch, carrying)
+        total = torch.zeros((), device=self.args.device)
+        statistics = Statistics()
+        for number, rows in enumerate(chunks):
+            chunk = dataclasses.replace(inputs, batch=batch.rows(rows))
+            with self._synchronised_only(model, last=number == len(chunks) - 1):
+                with self.compute_loss_context_manager():
+                    loss, seen = self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]])
+                self._backward(loss * distributed.world_size())
+            total += loss.detach() * distributed.world_size()
+            statistics.update(seen)
+        if not len(chunks):
+            self._leave_zero_gradients(model)
+        if inputs.mode is not None:
+            self._count(batch, carrying, statistics if counted else Statistics())
+        return total
+
+    def _count(self, batch: Batch, carrying: Tensor, statistics: Statistics) -> None:
+        """Take what was seen in a micro-batch into the metrics, and into the controller of the entropy bonus."""
+        if self._skips_silent_rows:
+            statistics.means["signal/rows"] = (float(len(carrying)), float(len(batch)))
+        self.metrics.add(statistics)
+        if self.entropy_bonus.adaptive and "entropy" in statistics.means:
+            old, new = self._step_entropy, statistics.means["entropy"]
+            self._step_entropy = (old[0] + new[0], old[1] + new[1])
 
     @staticmethod
     def _leave_zero_gradients(model: nn.Module) -> None:
@@ -399,9 +457,12 @@ class GRPOTrainer(Trainer):
         """The differentiable share of `inputs` in the loss of its optimizer batch, a scalar."""
         if return_outputs:
             raise ValueError("gmpo's loss has no model outputs to return: call compute_loss with return_outputs=False.")
-        return self._chunk_loss(model, inputs, self._select(model, inputs.batch))
+        loss, statistics = self._chunk_loss(model, inputs, self._select(model, inputs.batch))
+        if inputs.mode is not None:
+            self.metrics.add(statistics, mode=inputs.mode)
+        return loss
 
-    def _chunk_loss(self, model: nn.Module, inputs: MicroBatch, select: Tensor) -> Tensor:
+    def _chunk_loss(self, model: nn.Module, inputs: MicroBatch, select: Tensor) -> tuple[Tensor, Statistics]:
         batch = inputs.batch
         statistics = Statistics()
 
@@ -424,17 +485,11 @@ class GRPOTrainer(Trainer):
             router_of=lambda router_loss: router_weight * router_loss,
             want_entropy_grad=self.entropy_bonus.coef != 0.0,
         )
-        if inputs.mode is None:
-            return loss
-        self.metrics.add(statistics, mode=inputs.mode)
-        if self.entropy_bonus.adaptive and inputs.mode == "train":
-            old, new = self._step_entropy, statistics.means["entropy"]
-            self._step_entropy = (old[0] + new[0], old[1] + new[1])
-        return loss
+        return loss, statistics
 
     def _chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         """`rows` ([b] int64) cut into forward chunks; as many on every rank where a sharded model needs all of them."""
-        limit: int | None = self.args.max_tokens_per_chunk
+        limit: int | None = self.max_tokens_per_chunk
         part = batch.rows(rows)
         chunks = self.scorer.chunks(part, limit) if len(rows) else []
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -447,15 +502,18 @@ class GRPOTrainer(Trainer):
 
         Where none can, but other ranks wait for our backward pass, one row goes through the model without counting.
         """
-        args = self.args
         everything = torch.arange(len(batch))
-        other_terms = args.beta > 0 or self.entropy_bonus.coef != 0.0 or self._routed
-        if args.zero_signal_groups == "keep" or other_terms:
+        if not self._skips_silent_rows:
             return everything, True
         carrying = ((batch.advantages != 0) & batch.mask.any(1)).cpu().nonzero().flatten()
-        self.metrics.add(Statistics(means={"signal/rows": (float(len(carrying)), float(len(batch)))}))
         others_wait = distributed.world_size() > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
         return (carrying, True) if len(carrying) or not others_wait else (everything[:1], False)
+
+    @property
+    def _skips_silent_rows(self) -> bool:
+        """Whether rows with an advantage of 0 move nothing, and may stay out of the passes."""
+        other_terms = self.args.beta > 0 or self.entropy_bonus.coef != 0.0 or self._routed
+        return self.args.zero_signal_groups != "keep" and not other_terms
 
     def _select(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B, T] the tokens that may receive policy gradient: those of high entropy over all ranks, or all."""
@@ -472,9 +530,11 @@ class GRPOTrainer(Trainer):
         state = self.accelerator.gradient_state
         wanted = state.sync_gradients
         state._set_sync_gradients(wanted and last)
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-            yield
-        state._set_sync_gradients(wanted)
+        try:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(wanted)
 
     def _backward(self, loss: Tensor) -> None:
         options: dict[str, Any] = {}
@@ -517,8 +577,10 @@ class GRPOTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             select = self._select(model, batch)
             for rows in self._chunks(batch, torch.arange(len(batch))):
-                chunk = MicroBatch(batch.rows(rows), denominators, mode="eval")
-                total += self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]]).cpu()
+                chunk = MicroBatch(batch.rows(rows), denominators)
+                share, seen = self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]])
+                total += share.cpu()
+                self.metrics.add(seen, mode="eval")
         self.metrics.add(Statistics(means={"loss": (float(total) * denominators.rows, float(len(batch)))}), mode="eval")
         loss = total.to(args.device)
         if prediction_loss_only or self.compute_metrics is None:

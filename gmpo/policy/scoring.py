@@ -119,6 +119,10 @@ class Scorer:
         chunks += [[] for _ in range(at_least - len(chunks))]
         return [torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks]
 
+    def tokens(self, batch: Batch) -> int:
+        """Tokens of `batch` after layout."""
+        return self._layouts.tokens(batch)
+
     def state_dict(self) -> dict[str, Any]:
         """What the check of the layouts found, so that a resumed run lays out its batches as before."""
         return self._layouts.state_dict()
