@@ -6,14 +6,19 @@ import torch
 from tests.tiny import tiny_model
 
 
-def out_of_memory_above(trainer, tokens):
-    """Let the pass over a chunk of more than `tokens` tokens fail as an accelerator does; some after their backward."""
+def out_of_memory_above(trainer, tokens, after):
+    """Let the pass over a chunk of more than `tokens` tokens fail as an accelerator does; some after their backward.
+
+    Args:
+        after: The first passes succeed whatever their size.
+    """
     scorer, whole = trainer.scorer, trainer.scorer.loss
-    failures = []
+    failures, calls = [], []
 
     def loss(model, batch, *args, **keywords):
         value = whole(model, batch, *args, **keywords)
-        if scorer.tokens(batch) > tokens:
+        calls.append(batch)
+        if len(calls) > after and scorer.tokens(batch) > tokens:
             failures.append(scorer.tokens(batch))
             if len(failures) % 2:
                 value.backward()  # a part of the gradient is there already
@@ -24,7 +29,7 @@ def out_of_memory_above(trainer, tokens):
     return failures
 
 
-def run(make_trainer, weights, tokens=10**6, **options):
+def run(make_trainer, weights, tokens=10**6, after=0, **options):
     trainer = make_trainer(
         model=tiny_model(dtype=torch.float64),
         zero_signal_groups="keep",
@@ -34,17 +39,17 @@ def run(make_trainer, weights, tokens=10**6, **options):
         max_steps=2,
         **options,
     )
-    failures = out_of_memory_above(trainer, tokens)
+    failures = out_of_memory_above(trainer, tokens, after)
     trainer.train()
     return weights(trainer.model), trainer, failures
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_update_is_that_of_enough_memory(make_trainer, weights, accumulation):
+@pytest.mark.parametrize(("accumulation", "after"), [(1, 0), (2, 0), (2, 1)])
+def test_the_update_is_that_of_enough_memory(make_trainer, weights, accumulation, after):
     options = {"gradient_accumulation_steps": accumulation, "steps_per_generation": 2}
     expected, plain, _ = run(make_trainer, weights, **options)
     with pytest.warns(UserWarning, match=r"Out of memory in a chunk of \d+ tokens: the step is repeated"):
-        found, trainer, failures = run(make_trainer, weights, tokens=30, **options)
+        found, trainer, failures = run(make_trainer, weights, tokens=30, after=after, **options)
     assert len(failures) >= 1 and trainer.max_tokens_per_chunk <= 30
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)  # Llama norms in float32
