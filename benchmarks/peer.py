@@ -49,6 +49,10 @@ class Worker:
             text=True,
         )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def __enter__(self) -> "Worker":
         return self
 

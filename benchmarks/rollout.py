@@ -7,6 +7,7 @@ lengths of their completions differ a little: the table gives tokens beside seco
 give it: every prompt once per completion, padded on the left.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Case:
 
 
 def main() -> None:
-    options = compare.parser(__doc__)
+    options = compare.model_options(__doc__)
     options.add_argument("--completion-tokens", type=int, default=48)
     args = options.parse_args()
     folder = compare.model_folder(args)
@@ -58,12 +59,14 @@ def main() -> None:
         }
         for round in range(-args.warmup, args.rounds):
             for side, work in sides.items():
-                seconds, tokens = timed(work)
+                seconds, tokens = compare.undisturbed(lambda work=work: timed(work), os.getpid())
                 if round >= 0:
                     case.seconds[side].append(seconds)
                     case.tokens[side].append(tokens)
-    title = f"Generation of at most {args.completion_tokens} tokens per completion, {str(dtype).removeprefix('torch.')}"
-    compare.report("rollout", title, compare.table(cases, COLUMNS), results=args.results)
+    title = (
+        f"Generation of at most {args.completion_tokens} tokens per completion, {str(dtype).removeprefix('torch.')}."
+    )
+    compare.report("rollout", title, compare.table(cases, COLUMNS), args)
 
 
 def tokenized(tokenizer: Any, folder: str, case: Case) -> list[list[int]]:
@@ -109,8 +112,7 @@ def timed(work: Callable[[], int]) -> tuple[float, int]:
 
 
 def shown(case: Case, side: str) -> str:
-    seconds = case.seconds[side]
-    return f"{case.median(side):.3g} ({min(seconds):.3g}-{max(seconds):.3g})"
+    return compare.spread(case.seconds[side])
 
 
 def speed(case: Case, side: str) -> str:
