@@ -203,8 +203,9 @@ def header() -> str:
         f"# Measurements of {datetime.date.today().isoformat()}\n\n"
         f"{device}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}. The peer is TRL 1.16.0.\n\n"
-        "Seconds are medians (smallest-largest) of rounds in which the sides take turns, after a round to warm up. Rounds "
-        f"in which other processes took more than {DISTURBED:.0%} of the processors were repeated. Peak memory: {memory}.\n"
+        "Seconds are medians (smallest-largest) of rounds in which the sides take turns, after a round to warm up. "
+        f"Rounds in which other processes took more than {DISTURBED:.0%} of the processors were repeated. "
+        f"Peak memory: {memory}.\n"
     )
 
 

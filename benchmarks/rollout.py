@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks import compare
 from benchmarks.step import prompts_of
+from gmpo.policy.linear import use_onednn
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.generate_engine import left_padded
 from gmpo.rollout.prompts import ending_tokens, padding_token
@@ -48,14 +49,15 @@ def main() -> None:
     folder = compare.model_folder(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    models = {side: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval() for side in SIDES}
+    use_onednn(models["gmpo"])  # as gmpo does with a policy
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cases = [Case(*sizes) for sizes in CASES]
     for case in cases:
         prompts = tokenized(tokenizer, folder, case)
         sides = {
-            "gmpo": ours(model, tokenizer, prompts, case.completions, args.completion_tokens),
-            "generate": theirs(model, tokenizer, prompts, case.completions, args.completion_tokens),
+            "gmpo": ours(models["gmpo"], tokenizer, prompts, case.completions, args.completion_tokens),
+            "generate": theirs(models["generate"], tokenizer, prompts, case.completions, args.completion_tokens),
         }
         for round in range(-args.warmup, args.rounds):
             for side, work in sides.items():

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gmpo.policy.linear import OneDnnLinear
+
 
 @dataclass(frozen=True, slots=True)
 class Transform:
@@ -43,6 +45,9 @@ class Float32Head(nn.Linear):
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias)
+
+
+LINEAR = (nn.Linear, OneDnnLinear, Float32Head)  # matrix products and nothing else
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -91,7 +96,7 @@ def cast_head_to_float32(model: nn.Module) -> None:
     """Make the head of `model` compute in float32; an untied head also stores its weights so."""
     head = find_head(model)
     linear = getattr(head, "base_layer", head)
-    if type(linear) not in (nn.Linear, Float32Head):
+    if type(linear) not in LINEAR:
         raise ValueError(
             f"cast_lm_head_to_fp32=True needs a linear head, and {type(unwrapped(model)).__name__} has a "
             f"{type(linear).__name__}. Leave the option out."
@@ -160,7 +165,7 @@ class Head:
     def __init__(self, module: nn.Module):
         self.module, self.forward = module, module.forward
         # a matrix product and nothing else: no adapter, no quantization, no forward that someone put there
-        plain = type(module) in (nn.Linear, Float32Head) and "forward" not in vars(module)
+        plain = type(module) in LINEAR and "forward" not in vars(module)
         self.linear = cast(nn.Linear, module) if plain else None
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**16  # elements of a matrix below which a call costs more than it saves
+BLOCK_BYTES = 2 * 2**20  # of an intermediate result
 
 
 class OneDnnLinear(nn.Linear):
@@ -50,16 +51,42 @@ def is_faster() -> bool:
 def serves(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN takes the product of these two."""
     alike = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
-    return alike and right.numel() >= SMALLEST and left.numel() > 0 and torch.backends.mkldnn.enabled
+    dense = right.is_contiguous() or right.t().is_contiguous()
+    return alike and dense and right.numel() >= SMALLEST and left.numel() > 0 and torch.backends.mkldnn.enabled
 
 
-def times_transposed(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T, [n, m], of [n, k] and [m, k], strided as they may be."""
-    return _linear(left, right, None) if is_faster() and serves(left, right) else left @ right.T
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, [n, m], of [n, k] and [k, m]; either may be the transposed view of a contiguous matrix."""
+    return _linear(left, right.t(), None) if is_faster() and serves(left, right) else left @ right
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left @ right.T, [n, m], of [n, k] and [m, k], into the contiguous matrix `out`, which is given back."""
+    if not (is_faster() and serves(left, right)):
+        return torch.mm(left, right.T, out=out)
+    for columns in _blocks(len(right), len(left)):
+        out[:, columns] = _linear(left, right[columns], None)
+    return out
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left.T @ right, [m, k], of [n, m] and the contiguous [n, k] to `total`."""
+    if not (is_faster() and serves(left, total)):
+        total.addmm_(left.T, right)
+        return
+    for columns in _blocks(len(total), max(left.shape[0], right.shape[1])):
+        total[columns] += _linear(left[:, columns].t(), right.t(), None)
+
+
+def _blocks(length: int, width: int) -> list[slice]:
+    """`length` in pieces, so that a matrix of a piece and `width` stays in the cache."""
+    step = max(64, BLOCK_BYTES // (4 * width) // 64 * 64)
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    """The weight must be contiguous, or the transposed view of something that is: others are a hundred times slower."""
+    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
@@ -77,7 +104,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             into_input = _linear(grad, weight.t(), None).view(input.shape)
         if ctx.needs_input_grad[1]:
-            into_weight = _linear(grad.t(), input.flatten(0, -2).t(), None)
+            into_weight = _linear(grad.t(), input.flatten(0, -2).contiguous().t(), None)
         if ctx.needs_input_grad[2]:
             into_bias = grad.sum(0)
         return into_input, into_weight, into_bias

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.policy.head import cast_head_to_float32
+from gmpo.policy.linear import use_onednn
 from gmpo.policy.settings import PolicySettings
 
 
@@ -43,6 +44,7 @@ def load_policy(
         disable_dropout(policy)
     if settings.cast_lm_head_to_fp32:
         cast_head_to_float32(policy)
+    use_onednn(policy)
     _check_trainable(policy)
     return policy
 

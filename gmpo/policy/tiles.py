@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gmpo.policy.head import PLAIN, Head, Transform, computing_dtype
+from gmpo.policy.linear import add_product, product, product_into
 
 TILE_BYTES = 256 * 2**20  # of the logits of one tile on a CPU
 TILE_SHARE = 0.03  # of the memory of an accelerator
@@ -81,7 +82,7 @@ class LinearTiles:
         self.hidden, self.targets = hidden.to(self.weight.dtype), targets[:, None]
         if len(self._buffer) < len(hidden):
             self._buffer = self.weight.new_empty((len(hidden), len(self.weight)))
-        self.outputs = torch.mm(self.hidden, self.weight.T, out=self._buffer[: len(hidden)])
+        self.outputs = product_into(self._buffer[: len(hidden)], self.hidden, self.weight)
         self.normalizer = self.weight.new_empty((len(hidden), 1), dtype=self.wide)
         self.entropy, logps = torch.empty_like(self.normalizer), torch.empty_like(self.normalizer)
         for rows in self._runs():
@@ -113,8 +114,8 @@ class LinearTiles:
         if into_bias is not None:
             into_bias.add_(self.outputs.sum(0))
         if into_weight is not None:
-            into_weight.addmm_(self.outputs.T, self.hidden)
-        return self.outputs @ self.weight
+            add_product(into_weight, self.outputs, self.hidden)
+        return product(self.outputs, self.weight)
 
     def _narrow_gradients(
         self, into_logps: Tensor, into_entropy: Tensor | None, into_weight: Tensor | None, into_bias: Tensor | None
