@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Limits:
             for weight in self.linears:
                 how(inputs[weight.shape[1]], weight)
 
-        return min(fastest(lambda: work(how)) for how in WAYS)
+        return min(fastest(partial(work, how)) for how in WAYS)
 
     def weight_bytes(self) -> int:
         return sum(weight.nbytes for weight in self.linears)
@@ -73,7 +74,7 @@ def measured(model: str, dtype: torch.dtype = torch.float32) -> Limits:
 def products(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second in a product of two square matrices, by the faster one of torch's own way and oneDNN."""
     left, right = (torch.randn(SIZE, SIZE, dtype=dtype, device=device) for _ in range(2))
-    return 2 * SIZE**3 / min(fastest(lambda: how(left, right)) for how in WAYS)
+    return 2 * SIZE**3 / min(fastest(partial(how, left, right)) for how in WAYS)
 
 
 def fastest(work: Callable[[], Any], *, repeats: int = 5) -> float:
