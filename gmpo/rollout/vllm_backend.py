@@ -87,7 +87,7 @@ class Backend:
                 the weights come that way; "logits_scale": a factor for all logits.
 
         Raises:
-            ValueError: The trainer's model is another than this.
+            ValueError: The trainer's model is another than this, or an NCCL group has no id.
         """
         check_same_model(init_info.get("model", {}), self.vllm_config.model_config.hf_config)
         if "nccl" in init_info:
@@ -173,6 +173,8 @@ class Backend:
         processors[0].scale = self.own_scale * factor
 
     def _join_nccl(self, init_info: dict[str, Any]) -> None:
+        if "nccl_unique_id_b64" not in init_info:  # else vLLM meets the trainer at a store, and unpickles from it
+            raise ValueError("An NCCL group is joined by nccl_unique_id_b64 only.")
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
         # What it receives it gives to `load_weights` of its "model": ours, which takes notes.

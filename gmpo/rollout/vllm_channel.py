@@ -39,6 +39,7 @@ class Channel:
         self.parts = parts
         self.token = token
         self.timeout = timeout
+        self.accepted = False  # whether the server has ever taken the token
 
     def get(self, path: str) -> Any:
         return self.call("GET", path)
@@ -57,7 +58,8 @@ class Channel:
         if status == 401:
             raise VllmFault(
                 f"The server at {self.address} refuses the token (401). Set VLLM_API_KEY to the token that it was "
-                "started with; `gmpo serve` says where it is."
+                "started with; `gmpo serve` says where it is.",
+                lost=self.accepted,  # a server that was started again has a new one
             )
         try:
             answer = json.loads(data) if data else None
@@ -66,6 +68,7 @@ class Channel:
         if status != 200:
             dead = status >= 500 and not self.is_healthy()
             raise VllmFault(f"{what} was answered with {status}: {message_of(answer)}", lost=dead)
+        self.accepted = True
         return answer
 
     def exchange(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> tuple[int, bytes]:

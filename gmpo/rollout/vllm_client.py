@@ -129,6 +129,11 @@ class Client:
     def set_version(self, tag: str) -> None:
         self.channel.post("/update_weight_version", {"new_version": tag})
 
+    def weight_version(self) -> str:
+        """What was last given to `set_version`; vLLM's own word for it in a server that has just been started."""
+        answer = self.channel.get("/weight_info")
+        return str(answer.get("weight_version")) if isinstance(answer, dict) else str(answer)
+
     def reset_prefix_cache(self) -> None:
         answer = self.channel.post("/reset_prefix_cache")
         if not (isinstance(answer, dict) and answer.get("success")):

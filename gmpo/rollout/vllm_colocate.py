@@ -158,7 +158,8 @@ class ColocatedEngine:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self, prompts: list[Any], params: list[Any]) -> list[Any]:
-        return self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
+        with undisturbed():
+            return self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
 
     def _requests_of_group(self, requests: Sequence[Request]) -> tuple[slice, list[Request]]:
         """All requests of the ranks that share this engine, and which of them are this rank's."""

@@ -34,6 +34,11 @@ class FirstFailure:
                 self.error = error
         return None
 
+    def note(self, error: Exception) -> None:
+        """Count a failure that happened elsewhere."""
+        if self.error is None:
+            self.error = error
+
 
 def raise_together(error: Exception | None, what: str) -> None:
     """Raise on every rank if `error` is not None on any.  Every rank must call.

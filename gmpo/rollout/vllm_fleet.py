@@ -25,13 +25,9 @@ class Fleet:
 
     @classmethod
     def of(cls, settings: RolloutSettings) -> "Fleet":
-        """The servers that the settings name, each with its token."""
-        return cls(
-            [
-                Client(Channel(address, token=find_token(address), timeout=settings.vllm_server_timeout))
-                for address in addresses(settings)
-            ]
-        )
+        """The servers that the settings name."""
+        timeout = settings.vllm_server_timeout
+        return cls([Client(Channel(address, token=None, timeout=timeout)) for address in addresses(settings)])
 
     def connect(self, seconds: float) -> None:
         """Wait for all servers and see that they can be used together.
@@ -40,6 +36,8 @@ class Fleet:
             VllmFault: A server does not come, can't be given weights, or differs from the others.
         """
         self.each(lambda client: client.channel.wait(seconds))
+        for client in self.clients:
+            client.channel.token = find_token(client.address)  # now: a server that was started again has a new one
         self.facts = self.each(lambda client: client.facts())
         for client, facts in zip(self.clients, self.facts, strict=True):
             first = self.facts[0]

@@ -69,9 +69,12 @@ def send(carrier: Carrier | None, weights: Iterable[tuple[str, Tensor]], *, tag:
     first = FirstFailure()
     if carrier is not None:
         first.run(carrier.begin)
-    for bucket in buckets(weights):
-        if carrier is not None:
-            first.run(carrier.carry, bucket)
+    try:
+        for bucket in buckets(weights):
+            if carrier is not None:
+                first.run(carrier.carry, bucket)
+    except Exception as error:  # of making weights whole: the engine must hear of it, too
+        first.note(error)
     if carrier is not None:
         first.run(carrier.end, tag)
         if first.error is not None and not getattr(first.error, "lost", False):

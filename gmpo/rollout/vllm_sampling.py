@@ -60,7 +60,8 @@ def vllm_sampling(sampling: Sampling, *, eos: Sequence[int], regex: str | None =
     """The sampling options for vLLM; `sampling.extra` wins, with transformers' or vLLM's names.
 
     Args:
-        eos: Tokens that end a completion; `extra["eos_token_id"]` or `extra["stop_token_ids"]` adds to them.
+        eos: Tokens that end a completion; `extra["eos_token_id"]` or `extra["stop_token_ids"]` adds to them, and
+            `extra["ignore_eos"]` takes them away.
         regex: Completions must match it.
 
     Raises:
@@ -78,7 +79,8 @@ def vllm_sampling(sampling: Sampling, *, eos: Sequence[int], regex: str | None =
         "repetition_penalty": sampling.repetition_penalty,
         **extra,
     }
-    options["stop_token_ids"] = list(dict.fromkeys([*eos, *as_list(extra.get("stop_token_ids"))]))
+    ends = [] if extra.get("ignore_eos") else eos
+    options["stop_token_ids"] = list(dict.fromkeys([*ends, *as_list(extra.get("stop_token_ids"))]))
     if "stop" in options:
         options["stop"] = as_list(options["stop"])
     if regex is not None:

@@ -63,7 +63,6 @@ class ServerEngine:
         self.run = distributed.gathered_objects(new_run())[0]
         self.fleet = Fleet.of(settings)
         self.wanted = 0  # version of the weights that the next completions must come from
-        self.checked = False
         self._connect(settings.vllm_server_timeout)
         self.check = partial(
             ExactnessCheck, policy, tokenizer, autocast=autocast, tolerance=settings.vllm_publication_tolerance
@@ -79,6 +78,7 @@ class ServerEngine:
             )
         raise_together(first.error, "reach the vLLM server")
         self.version: int | None = None  # that the servers have
+        self.checked = False  # whether they compute what is trained
         self.scale = 1.0
         self.base_published = False
         self.adapter: str | None = None  # its name on the servers
@@ -107,10 +107,13 @@ class ServerEngine:
                 if not fault.lost or not self.settings.vllm_server_reconnect or incident == INCIDENTS:
                     raise
                 logger.warning("%s Waiting up to %g seconds.", fault, self.settings.vllm_server_reconnect)
+            self.close()
             self._connect(self.settings.vllm_server_reconnect)
             logger.warning("The vLLM server is back.")
 
     def _publish(self, version: int) -> None:
+        if self.version is not None:
+            self._see_that_they_are_the_same()
         self.version = None
         tag = f"{self.run}:{version}"
         if not self.checked:
@@ -132,6 +135,13 @@ class ServerEngine:
     @property
     def tag(self) -> str:
         return f"{self.run}:{self.version}"
+
+    def _see_that_they_are_the_same(self) -> None:
+        """A server that was started again has lost more than its weights: the scale of its logits, the base model."""
+        first = FirstFailure()
+        if self.leads:
+            first.run(self.fleet.each, lambda client: self._check_version(client, {client.weight_version()}))
+        raise_together(first.error, "find the vLLM servers as they were")
 
     def _forget(self) -> None:
         first = FirstFailure()
@@ -269,12 +279,12 @@ class ServerEngine:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VllmFault(f"{client.address} was asked for completions, and its answer is none: {error!r}.") from None
         for choice in choices:
-            self._check_version(client, choice)
+            if choice["token_ids"]:
+                self._check_version(client, {span["version"] for span in choice.get("weight_versions") or []})
         return completions
 
-    def _check_version(self, client: Client, choice: dict[str, Any]) -> None:
-        seen = {span["version"] for span in choice.get("weight_versions") or []}
-        if choice["token_ids"] and seen != {self.tag}:
+    def _check_version(self, client: Client, seen: set[str]) -> None:
+        if seen != {self.tag}:
             raise VllmFault(
                 f"{client.address} answered from the weights {sorted(seen)}, not from {self.tag!r}, which were "
                 "published. Was it restarted, or does another run give it weights, too?",

@@ -81,6 +81,8 @@ class FakeVllm:
             return {"version": "0.32.0"}
         if path == "/collective_rpc":
             return {"results": [FACTS]}
+        if path == "/weight_info":
+            return {"weight_version": self.version}
         if path == "/update_weight_version":
             self.version = body["new_version"]
         if path == "/start_weight_update":

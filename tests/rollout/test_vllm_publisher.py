@@ -64,6 +64,20 @@ def test_after_a_failure_the_weights_are_still_gathered_to_the_end(step):
     assert receiver.calls[-2][0] == step and receiver.calls[-1] == ("abandon",)
 
 
+def test_the_engine_hears_of_weights_that_can_not_be_made():
+    """Else it would wait for the rest, and refuse the next update."""
+
+    def weights():
+        yield WEIGHTS[0]
+        raise ValueError("no such shard")
+
+    receiver = Receiver()
+    with pytest.raises(ValueError, match="no such shard") as error:
+        send(ByReference(receiver), weights(), tag="run:1")
+    assert receiver.calls == [("start",), ("abandon",)]
+    assert error.value.raised_on_every_rank
+
+
 def test_a_rank_that_does_not_send_only_gathers():
     gathered = iter(WEIGHTS)
     send(None, gathered, tag="run:1")

@@ -37,6 +37,12 @@ def test_further_end_tokens_are_added_to_the_models():
     assert options({"stop_token_ids": [7, 1]}).options["stop_token_ids"] == [1, 2, 7]
 
 
+def test_end_tokens_that_are_to_be_ignored_end_nothing():
+    """vLLM's own ignore_eos knows nothing of further stop tokens."""
+    options = vllm_sampling(Sampling(4, extra={"ignore_eos": True, "stop_token_ids": [9]}), eos=(1, 2)).options
+    assert options["stop_token_ids"] == [9] and options["ignore_eos"]
+
+
 @pytest.mark.parametrize("name", ["num_beams", "n", "seed", "logprobs", "prompt_logprobs", "tempreature"])
 def test_what_vllm_does_not_know_or_gmpo_sets_is_refused(name):
     with pytest.raises(ValueError, match=rf"generation_kwargs has \['{name}'\]"):

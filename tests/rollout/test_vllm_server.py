@@ -10,6 +10,7 @@ from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm_faults import VllmFault
 from gmpo.rollout.vllm_server import ServerEngine
+from gmpo.rollout.vllm_tokens import token_file
 from gmpo.types import Prompt
 from tests.rollout.fake_vllm import FACTS, FakeVllm, breaking_off, dripping, error, silent
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -259,6 +260,44 @@ def test_with_reconnect_a_restarted_server_gets_the_weights_and_the_open_request
         assert len(completions) == 2
         assert server.version == f"{it.run}:4"
         assert server.count("/start_weight_update") == 2
+
+
+def test_a_server_that_was_restarted_between_steps_is_noticed_before_it_gets_weights():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        server.version = "default"
+        with pytest.raises(VllmFault, match=r"answered from the weights \['default'\], not from 'gmpo-.*:0'"):
+            it.publish(1)
+        assert server.count("/start_weight_update") == 1
+
+
+def test_with_reconnect_a_restarted_server_is_told_everything_anew():
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_reconnect=20.0)
+        it.publish(0)
+        it.generate([request(3)], Sampling(8, temperature=0.5))
+        server.version = "default"
+        it.publish(1)
+        it.generate([request(3)], Sampling(8, temperature=0.5))
+        infos = [body["init_info"] for path, body in server.requests if path == "/init_weight_transfer_engine"]
+        assert [info["logits_scale"] for info in infos] == [1.0, 2.0, 1.0, 2.0]
+        assert server.count("/weight_checker") == 2 and server.version == f"{it.run}:1"
+
+
+def test_with_reconnect_a_restarted_server_may_have_another_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with FakeVllm(token="first") as server:
+        file = token_file(server.server.server_port)
+        file.parent.mkdir(parents=True)
+        file.write_text("first")
+        it = engine(server, vllm_server_reconnect=20.0)
+        it.publish(0)
+        server.token, server.version = "second", "default"
+        file.write_text("second")
+        it.generate([request(3)], SAMPLING)
+        assert server.version == f"{it.run}:0"
 
 
 def test_with_reconnect_what_was_generated_is_not_generated_again():

@@ -10,9 +10,16 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 START = 600.0  # seconds, on a busy machine
-# A helper that counts ranks of log-probs is compiled on first use otherwise, which takes longer than a test.
-ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",  # else a helper of log-probs is compiled, which takes longer than a test
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",  # else each process imports vLLM anew
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+QUICKLY = ("--enforce-eager", "--max-num-seqs", "16", "--distributed-executor-backend", "uni")
 
 
 class Server:
@@ -23,7 +30,7 @@ class Server:
         self.port = port or free_port()
         self.command = [
             *(sys.executable, "-m", "gmpo.cli", "serve", str(folder), "--port", str(self.port)),
-            *("--enforce-eager", "--max-num-seqs", "16", *arguments),
+            *(*QUICKLY, *arguments),
         ]
         self.environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
         self.process = None
@@ -63,6 +70,11 @@ class Server:
     def signal(self, number):
         os.killpg(self.process.pid, number)
 
+    def kill_engine(self):
+        """The process that computes, and not the one that listens: what happens where memory runs out."""
+        (engine,) = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+        engine.kill()
+
     def kill(self):
         if self.process is not None:
             with suppress(ProcessLookupError):
@@ -72,6 +84,15 @@ class Server:
 
     def log(self):
         return (self.folder / "server.log").read_text(errors="replace")[-3000:]
+
+
+class PlainServer(Server):
+    """vLLM's server as vLLM starts it, which nobody can give weights."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        options = ("--model", str(folder), "--port", str(self.port), "--dtype", "float32", *QUICKLY)
+        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options]
 
 
 def free_port():
