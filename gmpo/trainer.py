@@ -194,9 +194,8 @@ class GRPOTrainer(Trainer):
             if args.sync_ref_model
             else None
         )
-        self.engine = build_engine(
-            args, self.unwrapped_policy, self.encoder, autocast=self.compute_loss_context_manager
-        )
+        # the Trainer's own context of mixed precision is empty: accelerate puts it around the forward pass
+        self.engine = build_engine(args, self.unwrapped_policy, self.encoder, autocast=self.accelerator.autocast)
         self.completion_log = CompletionLog(
             args,
             args.output_dir,

@@ -296,3 +296,13 @@ def test_gradients_of_a_step_are_those_of_the_paper(make_trainer):
     for (name, trained), start in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
         assert isinstance(start, nn.Parameter)
         torch.testing.assert_close(trained.detach(), start.detach() - start.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_in_mixed_precision_completions_are_sampled_in_it(make_trainer):
+    """The Trainer's own `compute_loss_context_manager` is empty: accelerate wraps the forward pass alone."""
+    engine = make_trainer(bf16=True, use_cpu=True).engine
+    with engine.shared.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    engine = make_trainer(bf16=False).engine
+    with engine.shared.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

@@ -75,3 +75,10 @@ def test_what_vllm_reports_is_what_the_trainer_computes(tmp_path):
     differences = [value for entry in logged for key, value in entry.items() if "difference" in key]
     assert differences and max(differences) < 1e-3
     assert all(torch.isfinite(torch.tensor(value)) for value in differences)
+
+
+def test_in_mixed_precision_the_engine_computes_in_it_too(tmp_path):
+    run = trainer(tmp_path, small_policy(), bf16=True)
+    run.train()
+    assert run.engine.dtype == torch.bfloat16
+    run.engine.close()
