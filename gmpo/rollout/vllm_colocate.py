@@ -54,7 +54,7 @@ class ColocatedEngine:
         self.eos = tuple(eos)
         self.folder = tempfile.mkdtemp(prefix="gmpo-vllm-")
         self.dtype = engine_dtype(settings, policy(), autocast)
-        self.llm = start(settings, policy(), tokenizer, folder=self.folder, dtype=self.dtype)
+        self.llm: Any = start(settings, policy(), tokenizer, folder=self.folder, dtype=self.dtype)
         self.run = new_run()
         self.version: int | None = None  # that the engine has; None: none that is of use
         self.base_published = False
@@ -69,7 +69,7 @@ class ColocatedEngine:
             tolerance=settings.vllm_publication_tolerance,
             longest=self.longest - 1,
         )
-        self.receiver = LocalReceiver(self.llm)
+        self.receiver: Any = LocalReceiver(self.llm)
         self.receiver.init_weight_transfer_engine({"model": description(policy())})
 
     @property

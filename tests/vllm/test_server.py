@@ -138,6 +138,10 @@ def test_no_route_without_the_token(server, route):
     assert connection.getresponse().status == 401
 
 
+def test_the_token_was_found_by_the_port(server):
+    assert find_token(server.address)
+
+
 def test_it_listens_on_this_machine_alone(server):
     """/proc/net/tcp holds addresses as hexadecimal numbers; 0100007F is 127.0.0.1, state 0A is listening."""
     with open("/proc/net/tcp") as file:
@@ -305,18 +309,6 @@ def test_paused_during_publication(server, step):
     assert distances(scorer(it), policy).max() < 1e-4
 
 
-def test_killed_during_publication(server):
-    it = engine(server, small_policy(**LONG))
-    it.publish(0)
-    real = it.fleet.update_weights
-    it.fleet.update_weights = lambda info: (server.kill(), real(info))
-    began = time.monotonic()
-    with pytest.raises(VllmFault, match=r"/update_weights (broke off|found no server)") as fault:
-        it.publish(1)
-    assert time.monotonic() - began < SLACK
-    assert fault.value.raised_on_every_rank
-
-
 def test_with_reconnect_training_goes_on_after_a_kill(server, tmp_path, caplog):
     """The server dies in the second collection and comes back; the run ends as if nothing had happened."""
     caplog.set_level(logging.WARNING)
@@ -336,6 +328,18 @@ def test_with_reconnect_training_goes_on_after_a_kill(server, tmp_path, caplog):
     assert trainer.state.global_step == 3 and seen == [0, 1, 2]
     assert "The vLLM server is back." in caplog.text
     assert distances(scorer(trainer.engine), trainer.unwrapped_policy()).max() > 0  # it still serves us
+
+
+def test_killed_during_publication(server):
+    it = engine(server, small_policy(**LONG))
+    it.publish(0)
+    real = it.fleet.update_weights
+    it.fleet.update_weights = lambda info: (server.kill(), real(info))
+    began = time.monotonic()
+    with pytest.raises(VllmFault, match=r"/update_weights (broke off|found no server)") as fault:
+        it.publish(1)
+    assert time.monotonic() - began < SLACK
+    assert fault.value.raised_on_every_rank
 
 
 def test_without_reconnect_a_run_ends_with_a_checkpoint(server, tmp_path):
@@ -383,7 +387,3 @@ def run(server, folder, **options):
         prompts,
         processing_class=tiny_tokenizer(),
     )
-
-
-def test_the_token_was_found_by_the_port(server):
-    assert find_token(server.address)
