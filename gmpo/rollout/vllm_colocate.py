@@ -268,7 +268,10 @@ def engine_arguments(settings: RolloutSettings, policy: Any, *, folder: str, dty
     overrides = dict(extra.pop("hf_overrides", {}))
     if getattr(settings, "cast_lm_head_to_fp32", False):
         overrides.setdefault("head_dtype", "float32")
+    on_cpu = without_adapter_shell(policy).device.type == "cpu"
     return {
+        # read in parts, a prompt makes vLLM take back random numbers, which it can't do on CPUs
+        **({"enable_chunked_prefill": False} if on_cpu else {}),
         **{name: getattr(settings, ours) for name, ours in OPTIONS.items()},
         "model": folder,
         "load_format": "dummy",

@@ -55,6 +55,13 @@ def test_other_options_go_to_vllm(started):
     assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_on_cpus_prompts_are_read_in_one_piece(started, monkeypatch, on_cpu):
+    monkeypatch.setattr(serve, "is_cpu_build", lambda: on_cpu)
+    serve.run(["some/model"])
+    assert ("--no-enable-chunked-prefill" in started[0][0]) == on_cpu
+
+
 def test_the_users_own_token_is_kept(started, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "mine")
     serve.run(["some/model"])

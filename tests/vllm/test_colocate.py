@@ -255,6 +255,16 @@ def test_a_regex_restricts_the_text_and_then_no_log_probs_are_reported(start):
     assert all(c.logps is None and c.ids[0] == 5 and set(c.ids) <= allowed for c in completions)
 
 
+def test_prompts_that_do_not_fit_into_one_batch_wait(start):
+    """Else vLLM would read one in parts, and fail on the random numbers of that request, on CPUs."""
+    policy = small_policy()
+    engine = start(policy, kwargs={"max_num_batched_tokens": 64}, vllm_max_model_length=64)
+    engine.publish(0)
+    requests = [request([5 + number] * 40, count=2, seed=number) for number in range(6)]
+    together = engine.generate(requests, Sampling(6))
+    assert together[4] == engine.generate(requests[4:5], Sampling(6))[0]
+
+
 def test_too_long_is_refused_before_generation(engine):
     engine, _ = engine
     with pytest.raises(ValueError, match="Raise vllm_max_model_length"):

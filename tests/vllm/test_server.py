@@ -103,6 +103,14 @@ def test_completions_and_their_log_probs(server):
     assert it.generate([request([7], 2, seed=8)], sampling) == [groups[1]]
 
 
+def test_prompts_that_do_not_fit_into_one_batch_wait(server):
+    it = engine(server, small_policy(**LONG))
+    it.publish(0)
+    requests = [request([5 + number] * 1500, 1, seed=number) for number in range(8)]
+    together = it.generate(requests, Sampling(4))
+    assert [together[7]] == it.generate(requests[7:], Sampling(4))
+
+
 def test_another_runs_weights_are_noticed(server):
     mine, theirs = small_policy(**LONG), small_policy(**LONG, seed=1)
     it, other = engine(server, mine), engine(server, theirs)
