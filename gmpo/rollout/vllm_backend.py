@@ -10,6 +10,7 @@ behind: a head that is tied to the embedding gets no weights of its own, so its 
 `Backend` makes such copies anew, and refuses to finish while anything is missing.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class Backend:
         self.loaded: set[str] | None = None  # names of parameters since the update began; None: none is going on
         self.nccl: Any = None
         self.own_scale: float | None = None  # of the model's logits; None: never changed
+        # warns of each module without weights of its own; `finish_weight_update` tells those that lack some
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     # -- what vLLM's worker calls, in order ---------------------------------------------------------------------------
 
