@@ -52,6 +52,13 @@ $(PEER)/ready: constraints.txt
 	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt trl==1.16.0 transformers accelerate datasets peft
 	touch $@
 
+# the short ones, beside the peer where `make peer` has installed it; `python -m benchmarks.NAME` for the rest
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.limits --label short
+	$(BIN)/python -m benchmarks.loss --label short --rounds 2 --prompt-tokens 50 1
+	$(BIN)/python -m benchmarks.rollout --label short --rounds 1
+	$(BIN)/python -m benchmarks.step --label short --rounds 2 --prompt-tokens 50
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

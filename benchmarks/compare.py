@@ -20,8 +20,8 @@ import transformers
 
 from benchmarks.peer import MISSING, ROOT, Worker, peer_python
 
-DISTURBED = 0.05  # share of the processors that others may take during a round
-TRIES = 4  # of a round
+DISTURBED = 0.1  # share of the processors that others may take during a round
+TRIES = 2  # of a round
 
 Replies = dict[str, list[dict[str, Any]]]  # side -> what it said in each round
 

@@ -7,11 +7,9 @@ products, and for each decoding step all weights of the model through as many ro
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ ROWS = (1, 8, 16, 64)
 WAYS = (lambda left, right: left @ right.T, lambda left, right: product(left, right.T))
 
 
-@dataclass
+@dataclass(eq=False)
 class Limits:
     """Of a machine and a model.  Rates in operations (multiplications and additions) per second."""
 
@@ -36,6 +34,7 @@ class Limits:
     linears: list[Tensor]  # weights of the model's matrix products, the head's last
     dtype: torch.dtype
 
+    @cache  # noqa: B019 (there is one of these objects)
     def decoding(self, rows: int) -> float:
         """Seconds of a pass of `rows` tokens through all weights, which no cache holds."""
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in self.linears}
@@ -77,14 +76,14 @@ def products(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * SIZE**3 / min(fastest(partial(how, left, right)) for how in WAYS)
 
 
-def fastest(work: Callable[[], Any], *, repeats: int = 5) -> float:
-    """Median seconds of `work`, after a first call that is not counted."""
+def fastest(work: Callable[[], Any], *, repeats: int = 10) -> float:
+    """Least seconds of `work`, after a first call that is not counted."""
     taken = []
     for _ in range(repeats + 1):
         start = clock()
         work()
         taken.append(clock() - start)
-    return statistics.median(taken[1:])
+    return min(taken[1:])
 
 
 def table(limits: Limits) -> str:
@@ -102,10 +101,8 @@ def table(limits: Limits) -> str:
 def main() -> None:
     parser: argparse.ArgumentParser = compare.model_options(__doc__)
     args = parser.parse_args()
-    started = time.perf_counter()
     limits = measured(compare.model_folder(args), torch.bfloat16 if args.bf16 else torch.float32)
     compare.report("limits", "What the machine can do at best.", table(limits), args)
-    print(f"{time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -42,9 +42,12 @@ IN_A_MICRO_BATCH = 2
 
 
 def main() -> None:
-    args = compare.model_options(__doc__).parse_args()
+    parser = compare.model_options(__doc__)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", choices=[prompt for prompt, _ in CASES])
+    args = parser.parse_args()
     model = compare.model_folder(args)
-    rows = [Case(prompt, lengths, group(model, prompt, lengths, args)) for prompt, lengths in CASES]
+    cases = [case for case in CASES if args.prompt_tokens is None or case[0] in args.prompt_tokens]
+    rows = [Case(prompt, lengths, group(model, prompt, lengths, args)) for prompt, lengths in cases]
     skipping = without_signal(model, args)
     text = (
         f"{compare.table(rows, COLUMNS)}\nA collection of {GROUPS} groups, prompts of 50 tokens, completions of "

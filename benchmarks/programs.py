@@ -24,7 +24,7 @@ MODULES = {"gmpo": "gmpo", "peer": "trl.experimental.gmpo"}
 PARTS = {  # where a step's time goes: (path from the trainer to what is called, part); inner calls count for themselves
     "gmpo": (
         ("engine.generate", "generate"),
-        ("collector.add_old", "old log-probs"),
+        ("scorer.scores", "old log-probs"),
         ("training_step", "learn"),
         ("accelerator.clip_grad_norm_", "optimizer"),
     ),
@@ -95,11 +95,7 @@ class Parts:
 
     def watch(self, owner: Any, name: str, part: str) -> None:
         """Time a method of an object from now on."""
-        timed = self.timed(part, getattr(owner, name))
-        try:
-            setattr(owner, name, timed)
-        except AttributeError:  # an object with slots, the only one of its class
-            setattr(type(owner), name, lambda self, *args, **kwargs: timed(*args, **kwargs))
+        setattr(owner, name, self.timed(part, getattr(owner, name)))
 
     def drain(self, total: float) -> dict[str, float]:
         """The parts of `total` seconds, and count anew."""
@@ -121,11 +117,16 @@ def steps(
         return [hashlib.sha256(str(ids).encode()).digest()[0] / 255 for ids in completion_ids]
 
     trainer = make_trainer(side, model=model, prompts=prompts, reward=parts.timed("reward", reward), options=options)
+    watch_parts(trainer, side, parts)
+    trainer.add_callback(Paced(channel, counts, parts, updates))
+    trainer.train()
+
+
+def watch_parts(trainer: Any, side: str, parts: Parts) -> None:
+    """Time all parts of a trainer's steps but its optimizer, which is not there yet."""
     for path, part in PARTS[side]:
         *owners, name = path.split(".")
         parts.watch(functools.reduce(getattr, owners, trainer), name, part)
-    trainer.add_callback(Paced(channel, counts, parts, updates))
-    trainer.train()
 
 
 class Paced(TrainerCallback):

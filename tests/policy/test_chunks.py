@@ -63,10 +63,11 @@ def test_no_limit_is_one_chunk_and_more_can_be_asked_for():
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
-def test_gradients_of_chunks_add_up_to_that_of_the_whole(layout):
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3-window", "qwen3-moe"])
+def test_gradients_of_chunks_add_up_to_that_of_the_whole(name, layout):
     batch = make_batch()
     with float64_throughout():
-        model, scorer = make_model("gemma3-window"), Scorer(PolicySettings(batch_layout=layout))
+        model, scorer = make_model(name), Scorer(PolicySettings(batch_layout=layout))
 
         def loss(rows):
             return scorer.loss(

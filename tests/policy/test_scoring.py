@@ -81,10 +81,14 @@ def test_the_loss_is_that_of_all_scores_at_once(name, layout, small_tiles):
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
 
 
+KINDS = ("llama", "qwen3", "gemma3-window", "qwen3-moe")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_float32_models_agree_to_float32(layout, small_tiles):
+@pytest.mark.parametrize("name", KINDS)
+def test_float32_models_agree_to_float32(name, layout, small_tiles):
     batch = make_batch()
-    model = make_model("llama", torch.float32)
+    model = make_model(name, torch.float32)
     logps, entropy = naive_scores(model, batch, TEMPERATURE)
     expected = gradients(weighted(logps, entropy, all_rows(batch)), model)
     loss = make_scorer(layout).loss(model, batch, lambda scores, rows: weighted(scores.logps, scores.entropy, rows))
@@ -92,7 +96,10 @@ def test_float32_models_agree_to_float32(layout, small_tiles):
     torch.testing.assert_close(scores.logps, logps, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.entropy, entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, weighted(logps, entropy, all_rows(batch)), rtol=1e-5, atol=1e-4)  # terms of 100
-    assert_same_gradients(gradients(loss, model), expected, rtol=1e-4, atol=1e-4)
+    found = gradients(loss, model)
+    assert found.keys() == expected.keys()
+    for parameter, value in expected.items():
+        assert (found[parameter] - value).norm() <= 1e-5 * value.norm(), parameter
 
 
 def test_scores_are_float32_for_a_bfloat16_model_and_close_to_it():
@@ -105,11 +112,12 @@ def test_scores_are_float32_for_a_bfloat16_model_and_close_to_it():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradients_survive_checkpointing(layout, reentrant):
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_survive_checkpointing(name, layout, reentrant):
     batch = make_batch()
     results = []
     for checkpointing in (False, True):
-        model = make_model("gemma3-window")
+        model = make_model(name)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()

@@ -37,8 +37,8 @@ def loss_of(scores, rows):
     return weighted(scores.logps, scores.entropy, rows)
 
 
-def adapted(config):
-    return get_peft_model(make_model("gemma3-window"), config).double()
+def adapted(config, name="gemma3-window"):
+    return get_peft_model(make_model(name), config).double()
 
 
 @pytest.fixture
@@ -60,6 +60,20 @@ def test_adapters_give_the_scores_and_gradients_of_the_logits(which, layout, sma
         found = gradients(loss, model)
     torch.testing.assert_close(scorer.scores(model, batch).logps, logps, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(loss, whole, rtol=1e-10, atol=1e-10)
+    assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3-moe"])
+def test_adapters_of_other_kinds_of_models_do_too_with_checkpointing(name, layout):
+    batch = make_batch()
+    with float64_throughout():
+        model = adapted(LoraConfig(init_lora_weights=False, **ADAPTERS["attention"]), name)
+        logps, entropy = naive_scores(model, batch)
+        expected = gradients(weighted(logps, entropy, torch.arange(len(batch))), model)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        found = gradients(Scorer(PolicySettings(batch_layout=layout)).loss(model, batch, loss_of), model)
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -69,6 +69,25 @@ def test_tokens_follow_generates_distribution(options):
     assert cells > 2
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+def test_pairs_of_tokens_follow_generates_distribution(name):
+    # The second token comes out of the shared cache: its distribution is generate's, given the first one.
+    model, (prompt,), count = tiny(name), prompts(9), 3000
+    first = generates_distribution(model, prompt.ids)
+    likely = [token for token in first.argsort(descending=True).tolist() if token != EOS][:4]
+    drawn = tokens(shared(model).generate([Request(prompt, count, 1)], Sampling(2)))[0]
+    for token in likely:
+        expected = generates_distribution(model, [*prompt.ids, token])
+        seconds = torch.tensor([ids[1] for ids in drawn if ids[0] == token])
+        counts = torch.bincount(seconds, minlength=VOCABULARY).double()
+        expected = expected * len(seconds)
+        common = expected >= 5
+        cells = torch.stack([counts[~common].sum(), expected[~common].sum()])
+        statistic = ((counts - expected)[common] ** 2 / expected[common]).sum() + (cells[0] - cells[1]) ** 2 / cells[1]
+        assert int(common.sum()) > 2
+        assert statistic < CRITICAL[int(common.sum())]
+
+
 def test_inversion_takes_the_first_token_beyond_the_number():
     # Cumulative: 0.25, 0.25, 0.75, 1.0; token 1 is impossible.
     row = torch.tensor([0.25, 0.0, 0.5, 0.25])
