@@ -7,6 +7,7 @@ from typing import Any
 
 from gmpo.arguments import REFUSED
 from gmpo.config import STAGE_SETTINGS, GMPOConfig, GRPOConfig
+from gmpo.options import rules_of
 
 PAGE = Path(__file__).with_name("configuration.md")
 READERS = {
@@ -31,18 +32,24 @@ On the command line they are flags and YAML keys of the same names (`gmpo train 
 
 def legal(field: dataclasses.Field) -> str:
     """The legal values, in words."""
-    rules = field.metadata
-    if rules.get("later"):
+    rules = rules_of(field)
+    assert rules is not None
+    if rules.later:
         return "not available yet"
-    if rules.get("choices"):
-        return ", ".join(f"`{choice}`" for choice in rules["choices"])
-    low, high = rules.get("low"), rules.get("high")
+    if rules.choices:
+        return ", ".join(f"`{choice}`" for choice in rules.choices)
     parts = []
-    if low is not None:
-        parts.append(f"{'>' if rules['low_open'] else '≥'} {low:g}")
-    if high is not None:
-        parts.append(f"≤ {high:g}")
+    if rules.low is not None:
+        parts.append(f"{'>' if rules.low_open else '≥'} {rules.low:g}")
+    if rules.high is not None:
+        parts.append(f"≤ {rules.high:g}")
     return " and ".join(parts)
+
+
+def help_of(field: dataclasses.Field) -> str:
+    rules = rules_of(field)
+    assert rules is not None
+    return rules.help
 
 
 def default(field: dataclasses.Field) -> str:
@@ -56,7 +63,7 @@ def table(rows: list[tuple[str, ...]], *head: str) -> str:
 
 def stage_section(settings: Any, fields: dict[str, dataclasses.Field]) -> str:
     rows = [
-        (f"`{f.name}`", default(fields[f.name]), legal(fields[f.name]), fields[f.name].metadata["help"])
+        (f"`{f.name}`", default(fields[f.name]), legal(fields[f.name]), help_of(fields[f.name]))
         for f in dataclasses.fields(settings)
     ]
     return f"## {READERS[settings.__name__]}\n\n" + table(rows, "option", "default", "legal", "meaning")
@@ -65,9 +72,8 @@ def stage_section(settings: Any, fields: dict[str, dataclasses.Field]) -> str:
 def inherited_rows(names: dict[str, str], fields: dict[str, dataclasses.Field]) -> list[tuple[str, ...]]:
     rows = []
     for name, meaning in names.items():
-        own = "choices" in fields[name].metadata
         refused = f" Another value is refused: {REFUSED[name][1]}." if name in REFUSED else ""
-        text = fields[name].metadata["help"] if own else meaning
+        text = meaning if rules_of(fields[name]) is None else help_of(fields[name])
         rows.append((f"`{name}`", default(fields[name]), text + refused))
     return rows
 

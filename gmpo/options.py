@@ -11,11 +11,35 @@ from collections.abc import Sequence
 from typing import Any
 
 
-class Rules(dict):
-    """What `option` declares of a field.  HfArgumentParser gives a *copy* to argparse, which knows `help` alone."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rules:
+    """What `option` declares of a field."""
 
-    def copy(self) -> dict[str, str]:
-        return {"help": self["help"].replace("%", "%%")}
+    help: str
+    choices: tuple[Any, ...] | None
+    low: float | None
+    high: float | None
+    low_open: bool
+    later: bool
+
+
+class Help(str):
+    """A help text for argparse that carries the rules of its option.
+
+    HfArgumentParser hands all metadata of a field to argparse, which knows `help` alone.
+    """
+
+    rules: Rules
+
+    def __new__(cls, rules: Rules) -> "Help":
+        text = super().__new__(cls, rules.help.replace("%", "%%"))
+        text.rules = rules
+        return text
+
+
+def rules_of(field: dataclasses.Field) -> Rules | None:
+    """What `option` has declared of `field`; None for a field of another making."""
+    return getattr(field.metadata.get("help"), "rules", None)
 
 
 def option(
@@ -38,14 +62,8 @@ def option(
         low_open: The lower bound itself is illegal.
         later: The machinery is not there yet: anything but the default is refused.
     """
-    metadata = Rules(
-        help=help,
-        choices=tuple(choices) if choices is not None else None,
-        low=low,
-        high=high,
-        low_open=low_open,
-        later=later,
-    )
+    legal = tuple(choices) if choices is not None else None
+    metadata = {"help": Help(Rules(help, legal, low, high, low_open, later))}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -54,7 +72,7 @@ def option(
 def check_options(settings: Any) -> None:
     """Raise a ValueError for the first option of `settings` whose value is not legal."""
     for field in dataclasses.fields(settings):
-        if "low" in field.metadata:
+        if rules_of(field) is not None:
             check_option(field, getattr(settings, field.name), declared_type(settings, field.name))
 
 
@@ -76,19 +94,19 @@ def check_option(field: dataclasses.Field, value: Any, declared: str) -> None:
     """
     if value == field.default and type(value) is type(field.default):
         return
-    rules = field.metadata
-    if rules["later"]:
+    rules = rules_of(field)
+    assert rules is not None
+    if rules.later:
         raise ValueError(f"{field.name}={value!r} is not available yet. Leave it at {field.default!r}.")
     if value is None:
         if "None" not in declared:
             raise ValueError(f"{field.name}=None is not allowed. The default is {field.default!r}.")
         return
-    if rules["choices"] is not None and value not in rules["choices"]:
-        listed = ", ".join(repr(choice) for choice in rules["choices"])
+    if rules.choices is not None and value not in rules.choices:
+        listed = ", ".join(repr(choice) for choice in rules.choices)
         raise ValueError(f"{field.name}={value!r} is not one of {listed}.")
     check_type(field, value, declared)
-    if rules["low"] is not None or rules["high"] is not None:
-        check_range(field, value)
+    check_range(field, value, rules)
 
 
 def check_type(field: dataclasses.Field, value: Any, declared: str) -> None:
@@ -104,8 +122,10 @@ def check_type(field: dataclasses.Field, value: Any, declared: str) -> None:
         raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not a dict (or a JSON object).")
 
 
-def check_range(field: dataclasses.Field, value: float) -> None:
-    low, high, low_open = field.metadata["low"], field.metadata["high"], field.metadata["low_open"]
+def check_range(field: dataclasses.Field, value: Any, rules: Rules) -> None:
+    low, high, low_open = rules.low, rules.high, rules.low_open
+    if low is None and high is None:
+        return
     fits = value == value  # NaN fits nowhere
     fits = fits and (low is None or (value > low if low_open else value >= low))
     fits = fits and (high is None or value <= high)
@@ -121,8 +141,11 @@ def parse_dicts(settings: Any) -> None:
     """Replace JSON strings by what they say in every option that holds a dict (the command line passes strings)."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        is_option = "low" in field.metadata
-        if is_option and isinstance(value, str) and declared_type(settings, field.name).startswith("dict"):
+        if (
+            rules_of(field) is not None
+            and isinstance(value, str)
+            and declared_type(settings, field.name).startswith("dict")
+        ):
             try:
                 setattr(settings, field.name, json.loads(value))
             except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from gmpo import GMPOConfig, GRPOConfig
 from gmpo.config import STAGE_SETTINGS, changed_options
+from gmpo.options import rules_of
 
 DOCUMENTED = json.loads((Path(__file__).parent / "config_fields.json").read_text())
 NEWER = {
@@ -65,7 +66,7 @@ def test_no_option_of_a_stage_shadows_one_of_another_or_of_the_trainer():
 
 @pytest.mark.parametrize("field", OURS, ids=lambda field: field.name)
 def test_every_option_says_what_it_does(field):
-    assert len(field.metadata["help"].split()) >= 4
+    assert len(rules_of(field).help.split()) >= 4
 
 
 ILLEGAL = [
@@ -120,9 +121,9 @@ def test_an_unknown_option_is_refused_with_the_closest_name(make):
         make(epsilom=0.2)
 
 
-@pytest.mark.parametrize("field", [f for f in OURS if f.metadata["later"]], ids=lambda field: field.name)
+@pytest.mark.parametrize("field", [f for f in OURS if rules_of(f).later], ids=lambda field: field.name)
 def test_what_is_not_there_yet_is_refused_and_never_ignored(make, field):
-    other = {bool: lambda: not field.default, str: lambda: (field.metadata["choices"] or ["x"] * 2)[-1]}
+    other = {bool: lambda: not field.default, str: lambda: (rules_of(field).choices or ["x"] * 2)[-1]}
     value = other.get(type(field.default), lambda: 3)()
     with pytest.raises(ValueError, match=f"{field.name}=.*not available yet"):
         make(**{field.name: value})

@@ -18,6 +18,7 @@ from gmpo.cli.parse import CONFIGS, ScriptOptions, parse
 from gmpo.cli.plan import plan
 from gmpo.cli.tasks import PREFIX, REWARDS, evaluation_settings
 from gmpo.config import STAGE_SETTINGS, GRPOConfig
+from gmpo.options import rules_of
 from gmpo.policy.loading import load_tokenizer
 from gmpo.report.completions import or_warn
 from gmpo.report.plots import training_curves
@@ -228,5 +229,6 @@ def help_text() -> str:
 
 def described(field: Field) -> str:
     default = field.default_factory() if field.default_factory is not MISSING else field.default
-    text = f"{field.metadata['help']} [{default}]"
+    rules = rules_of(field)
+    text = f"{rules.help if rules else field.metadata['help']} [{default}]"
     return textwrap.fill(text, 116, initial_indent=f"  --{field.name:<42}", subsequent_indent=" " * 46)
