@@ -596,7 +596,7 @@ class GRPOTrainer(Trainer):
         with self.stopwatch.paused():
             output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             output.metrics.update(self.metrics.reduce(mode="eval", prefix=metric_key_prefix))
-            self.completion_log.write(step=self.state.global_step, mode="eval")
+            self.completion_log.write(step=self.state.global_step, mode="eval", label=metric_key_prefix)
         return output
 
     # -- reports ------------------------------------------------------------------------------------------------------

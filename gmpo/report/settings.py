@@ -15,4 +15,6 @@ class ReportSettings:
     )
     log_unique_prompts: bool = option(False, "Show one completion per prompt in the tables of the trackers.")
     log_completions_hub_repo: str | None = option(None, "A dataset repository on the hub that gets the parquet files.")
-    log_multimodal: bool = option(True, "Put the images of multimodal prompts into the tables of the trackers.")
+    log_multimodal: bool = option(
+        True, "Put the images of multimodal prompts into the tables of the trackers.", later=True
+    )

@@ -191,6 +191,19 @@ def test_evaluation_gives_metrics_for_each_set_and_they_choose_the_best_model(ma
     assert {"eval_short_loss", "eval_short_reward", "eval_long_completions/mean_length"} <= metrics.keys()
 
 
+def test_every_evaluation_set_keeps_its_completions(make_trainer):
+    sets = {"short": PROMPTS.select(range(2)), "long": PROMPTS.select(range(4, 6))}
+    trainer = make_trainer(
+        eval_dataset=sets, num_generations_eval=2, per_device_eval_batch_size=4, log_completions=True, report_to="none"
+    )
+    trainer.evaluate()
+    folder = Path(trainer.args.output_dir, "completions")
+    assert sorted(file.name for file in folder.iterdir()) == ["eval_long_000000.parquet", "eval_short_000000.parquet"]
+    for name, rows in sets.items():
+        written = Dataset.from_parquet(str(folder / f"eval_{name}_000000.parquet"))
+        assert written["prompt"] == [prompt for prompt in rows["prompt"] for _ in range(2)]
+
+
 def test_evaluation_counts_every_prompt_once_and_leaves_the_training_metrics_alone(make_trainer):
     calls = []
 
