@@ -1,9 +1,13 @@
 """What becomes of the options of `transformers.TrainingArguments` that mean something else, or nothing, under gmpo.
 
-All others act as they do for every Trainer.
+All others act as they do for every Trainer.  And which options of any stage do nothing without another one.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
+
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 # option -> (the values that change nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -26,7 +30,24 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "compute_metrics gets token ids and rewards, which are small, of the whole evaluation set at once",
     ),
+    "dataloader_in_order": (
+        (True,),
+        "the micro-steps of a collection come one after another. Set dataloader_prefetch_factor to read ahead",
+    ),
 }
+
+# options that act only beside another one -> that one, which is off by default
+NEEDS = {
+    "ref_model_mixup_alpha": "sync_ref_model",
+    "ref_model_sync_steps": "sync_ref_model",
+    "num_completions_to_print": "log_completions",
+    "log_unique_prompts": "log_completions",
+    "log_completions_hub_repo": "log_completions",
+    "liger_kernel_config": "use_liger_kernel",
+    "fsdp_config": "fsdp",
+}
+LOW_RANK_OPTIMIZERS = ("galore", "apollo")  # those that read optim_target_modules
+ACCELERATOR_OPTIONS = ("gradient_accumulation_kwargs", "use_configured_state")  # of accelerator_config, that act
 
 
 def check_arguments(config: Any) -> None:
@@ -39,7 +60,47 @@ def check_arguments(config: Any) -> None:
         value = getattr(config, name)
         if value not in harmless:
             raise ValueError(f"{name}={value!r} can't act: {reason}. Leave it at {harmless[0]!r}.")
+    for problem in (*useless_options(config), *useless_accelerator_options(config.accelerator_config)):
+        raise ValueError(problem)
     check_parallelism(config.parallelism_config)
+
+
+def useless_options(config: Any) -> Iterator[str]:
+    """What is wrong with options that would act only beside another one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, switch in NEEDS.items():
+        value = getattr(config, name)
+        if value != defaults[name] and not getattr(config, switch):
+            yield f"{name}={value!r} would do nothing without {switch}. Set {switch}, or leave {name} as it is."
+    optimizer = str(getattr(config.optim, "value", config.optim))
+    if config.optim_target_modules is not None and not optimizer.startswith(LOW_RANK_OPTIMIZERS):
+        yield (
+            f"optim_target_modules={config.optim_target_modules!r} would do nothing with optim={optimizer!r}: only "
+            "GaLore's and APOLLO's optimizers read it. Use one of them, or leave it at None."
+        )
+
+
+def useless_accelerator_options(given: Any) -> Iterator[str]:
+    """What is wrong with an accelerator_config: rows are dealt to the ranks by gmpo's own sampler, and no tensors."""
+    if not isinstance(given, AcceleratorConfig | dict):
+        return
+    values = given if isinstance(given, dict) else given.to_dict()
+    defaults = AcceleratorConfig().to_dict()
+    for name, value in values.items():
+        if name not in ACCELERATOR_OPTIONS and value != defaults.get(name, value):
+            yield (
+                f"accelerator_config with {name}={value!r} would do nothing: collections are dealt to the ranks by "
+                f"gmpo's own sampler, as rows and not as tensors. Leave {name} at {defaults[name]!r}."
+            )
+
+
+def check_device(config: Any) -> None:
+    """Raise a ValueError for an option that can't act on the device of `config`, which knows it by now."""
+    if config.fp16 and config.device.type == "cpu":
+        raise ValueError(
+            "fp16=True has no effect on a CPU, whose mixed precision is bfloat16's alone. Use bf16=True, or load the "
+            "model in half precision: model_init_kwargs={'dtype': 'float16'}."
+        )
 
 
 def check_parallelism(parallelism: Any) -> None:

@@ -6,6 +6,7 @@ where the objective can't use it, it is refused with the reason.  Nothing is ign
 
 import difflib
 import functools
+import math
 import os
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from gmpo.arguments import check_arguments
+from gmpo.arguments import check_arguments, check_device
 from gmpo.data.settings import DataSettings
 from gmpo.objective.family import check_objective
 from gmpo.objective.settings import ObjectiveSettings
@@ -89,6 +90,7 @@ class GRPOConfig(
         check_arguments(self)
         self._check_combinations()
         super().__post_init__()
+        check_device(self)
         self._check_output_dir()
         self._resolve_sizes()
 
@@ -100,15 +102,10 @@ class GRPOConfig(
         if self.vllm_importance_sampling_cap is not None:
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
             self.vllm_importance_sampling_cap = None
-        if self.warmup_ratio is not None:
-            if self.warmup_steps:
-                raise ValueError(
-                    f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are both set. "
-                    "Keep one of them."
-                )
-            self.warmup_steps = self.warmup_ratio
-        if self.logging_dir is not None:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are both set. Keep one of them."
+            )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
 
@@ -127,11 +124,6 @@ class GRPOConfig(
             )
         if self.sync_ref_model and self.beta == 0.0:
             raise ValueError("sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model off.")
-        if self.log_completions_hub_repo is not None and not self.log_completions:
-            raise ValueError(
-                f"log_completions_hub_repo={self.log_completions_hub_repo!r} needs completions to send. "
-                "Set log_completions=True."
-            )
 
     def _check_output_dir(self) -> None:
         folder = os.path.abspath(str(self.output_dir))
@@ -143,6 +135,12 @@ class GRPOConfig(
             )
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"output_dir={self.output_dir!r} can't be written: no permission in {folder!r}.")
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Optimizer steps with a rising learning rate.  A warmup_ratio of 1.0 is all of them, not one."""
+        if self.warmup_ratio is not None:
+            return math.ceil(num_training_steps * self.warmup_ratio)
+        return super().get_warmup_steps(num_training_steps)
 
     # -- batch arithmetic ---------------------------------------------------------------------------------------------
 

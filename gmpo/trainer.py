@@ -43,6 +43,7 @@ from gmpo.report.jsonl import JsonlCallback
 from gmpo.report.metrics import Metrics, Mode, Stopwatch
 from gmpo.report.model_card import model_card
 from gmpo.report.rollouts import rollout_statistics
+from gmpo.report.tables import set_tensorboard_folder
 from gmpo.reward.advantages import reward_statistics
 from gmpo.reward.model import ModelOptions
 from gmpo.reward.sources import build_sources
@@ -121,6 +122,7 @@ class GRPOTrainer(Trainer):
         tokenizer = processing_class or tokenizer_of(model, config)
         self.encoder = PromptEncoder.build(tokenizer, model, config)
         check_dataset(train_dataset, self.encoder, name="train_dataset")
+        check_workers(train_dataset, config.dataloader_num_workers)
         for name, rows in named_datasets(eval_dataset).items():
             check_dataset(rows, self.encoder, name=name)
         options = ModelOptions(
@@ -224,12 +226,13 @@ class GRPOTrainer(Trainer):
         self.max_tokens_per_chunk: int | None = args.max_tokens_per_chunk
         self._steps_at_last_log = 0
         self._step_entropy = (torch.zeros(()), torch.zeros(()))  # sum and count over the tokens of this optimizer step
+        set_tensorboard_folder(self.callback_handler.callbacks, args.logging_dir)
         self.add_callback(JsonlCallback)
         self.add_callback(BetweenSteps(self))
 
     def unwrapped_policy(self) -> Any:
         """The policy without DDP, DeepSpeed or compile around it."""
-        return self.accelerator.unwrap_model(self.model_wrapped)
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -256,7 +259,7 @@ class GRPOTrainer(Trainer):
             stream = StreamedRows(dataset, self.plan, ranks=args.world_size)
             self._epoch_listener = stream
             self.accelerator.dataloader_config.dispatch_batches = False  # rows are dicts, not tensors to cut
-            loader |= {"dataset": stream, "batch_size": args.rows_per_rank, "drop_last": True, "num_workers": 0}
+            loader |= {"dataset": stream, "batch_size": args.rows_per_rank, "drop_last": True}
         return self.accelerator.prepare(DataLoader(**loader))
 
     def _training_rows(self) -> Any:
@@ -272,6 +275,7 @@ class GRPOTrainer(Trainer):
             "num_workers": args.dataloader_num_workers,
             "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
             "pin_memory": False,  # rows hold no tensors
         }
 
@@ -780,6 +784,15 @@ def tokenizer_of(model: Any, args: GRPOConfig) -> Any:
         raise ValueError("The model does not say where its tokenizer is. Pass processing_class=AutoTokenizer....")
     revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore
     return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
+
+
+def check_workers(train_dataset: Any, num_workers: int) -> None:
+    """Raise a ValueError for workers beside an iterable dataset: each of them would read all of it."""
+    if num_workers and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+        raise ValueError(
+            f"dataloader_num_workers={num_workers} with an iterable train_dataset: each worker would read all of it. "
+            "Leave dataloader_num_workers at 0, or give a map-style dataset."
+        )
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Sampled completions as a table: on the console, and in each tracker that is on."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +72,13 @@ def to_tensorboard(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) 
     writers = [callback.tb_writer for callback in callbacks if getattr(callback, "tb_writer", None) is not None]
     for writer in writers:
         writer.add_text(table_name(label), markdown(rows), step)
+
+
+def set_tensorboard_folder(callbacks: Sequence[Any], folder: str | None) -> None:
+    """Where tensorboard's callback writes; None leaves it to the callback."""
+    for callback in callbacks:
+        if folder is not None and type(callback).__name__ == "TensorBoardCallback":
+            callback.logging_dir = os.path.expanduser(folder)
 
 
 def markdown(rows: Rows) -> str:

@@ -15,6 +15,7 @@ def rows(*prompts):
 
 
 USER = [{"role": "user", "content": "a"}]
+STREAM = IterableDataset.from_generator(lambda: iter(PROMPTS))
 
 REFUSED = [
     ({"train_dataset": Dataset.from_list([{"text": "a"}] * 8)}, ValueError, "prompt.*text"),
@@ -29,6 +30,7 @@ REFUSED = [
     ({"model_init_kwargs": {"dtype": "float32"}}, ValueError, "model_init_kwargs"),
     ({"tools": [print]}, ValueError, "tools is not available yet"),
     ({"train_dataset": None}, ValueError, "train_dataset"),
+    ({"train_dataset": STREAM, "dataloader_num_workers": 2}, ValueError, "dataloader_num_workers=2 with an iterable"),
     ({"eval_dataset": Dataset.from_list([{"text": "a"}])}, ValueError, "eval_dataset.*prompt"),
 ]
 

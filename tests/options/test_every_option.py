@@ -1,0 +1,68 @@
+"""The mutation test: every option of the config acts as it says, or is refused with the reason.
+
+`table.py` has a row for every field: a small run that can feel it, another legal value, and what must change.
+"""
+
+import dataclasses
+import re
+
+import pytest
+
+from gmpo import GMPOConfig, GRPOConfig
+from tests.options.observables import completions, logs, rates, weights
+from tests.options.rows import ANOTHER, Acts, Checked, Refused
+from tests.options.runs import SCENARIOS, build, fresh_run, run
+from tests.options.table import EXCEPTIONS, PARTS, TABLE
+
+FIELDS = {f.name for config in (GMPOConfig, GRPOConfig) for f in dataclasses.fields(config) if f.init}
+
+
+def of_kind(kind):
+    return [name for name, row in TABLE.items() if isinstance(row, kind)]
+
+
+def test_every_option_has_one_row_and_no_row_is_left_over():
+    assert len(TABLE) == sum(len(part) for part in PARTS), "an option has two rows"
+    assert not TABLE.keys() & EXCEPTIONS.keys()
+    assert TABLE.keys() | EXCEPTIONS.keys() == FIELDS
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_an_exception_says_why_and_its_value_is_kept(name, tmp_path):
+    value, reason = EXCEPTIONS[name]
+    assert len(reason.split()) > 5
+    assert getattr(GMPOConfig(str(tmp_path), **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_run_made_twice_is_the_same(name):
+    first, second = run(name), fresh_run(SCENARIOS[name])
+    assert weights(first) == weights(second)
+    assert logs(first) == logs(second)
+    if first.collections:
+        assert completions(first) == completions(second)
+
+
+@pytest.mark.parametrize("name", of_kind(Acts))
+def test_an_option_acts(name):
+    row = TABLE[name]
+    without, with_it = run(row.scenario, **row.given), run(row.scenario, **{**row.given, name: row.value})
+    before, after = row.sees(without), row.sees(with_it)
+    assert after != before, f"{name}={row.value!r} changes nothing"
+    if row.to is not ANOTHER:
+        expected = row.to(with_it) if callable(row.to) else row.to
+        assert after == (pytest.approx(expected) if row.sees is rates else expected)
+
+
+@pytest.mark.parametrize("name", of_kind(Refused))
+def test_an_option_that_cannot_act_is_refused(name, tmp_path):
+    row = TABLE[name]
+    with pytest.raises((ValueError, ImportError)) as caught:
+        build(SCENARIOS[row.scenario], {**row.given, name: row.value}, tmp_path)
+    assert name in str(caught.value)
+    assert re.search(row.message, str(caught.value))
+
+
+@pytest.mark.parametrize("name", of_kind(Checked))
+def test_an_option_passes_its_own_check(name, monkeypatch, tmp_path):
+    TABLE[name].by(monkeypatch, tmp_path)
