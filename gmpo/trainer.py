@@ -726,6 +726,7 @@ class BetweenSteps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._steps_at_last_log = state.global_step
+        self.trainer.collector.trainer_state = state  # the Trainer makes a new one for each training
         self.trainer.completion_log.begin(state.global_step)
         self.trainer.stopwatch.restart()
 

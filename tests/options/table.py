@@ -22,6 +22,12 @@ EXCEPTIONS = {  # field -> (a value, why nothing can be felt of it); only what n
     "local_rank": (0, "old launchers put it on the command line; the rank itself is taken from the environment"),
 }
 
+
+def draws(run: Any) -> int:
+    """How often completions were scored."""
+    return len(run.calls)
+
+
 # -- our own options, by stage -----------------------------------------------------------------------------------------
 
 DATA: dict[str, Row] = {
@@ -32,7 +38,7 @@ DATA: dict[str, Row] = {
     "num_iterations": Acts(2, o.collected, to=[8], given={"steps_per_generation": 1}),
     "shuffle_dataset": Acts(False, o.prompts, to=[[5], [5, 6], [5, 6, 7], [5, 6, 7, 8]]),
     "zero_signal_groups": Acts("keep", o.training_shapes, scenario="even"),
-    "max_resamples": Refused(5, "zero_signal_groups"),
+    "max_resamples": Acts(1, draws, scenario="even", given={"zero_signal_groups": "resample"}),
 }
 REWARD: dict[str, Row] = {
     "reward_weights": Acts([0.0, 1.0], o.advantages, scenario="two rewards"),
@@ -317,7 +323,3 @@ RANKS: dict[str, Row] = {
 
 PARTS = (DATA, REWARD, POLICY, OBJECTIVE, ROLLOUT, REPORT, SCHEDULE, MODEL, LOGS, EVALUATION, SAVING, LOADING, RANKS)
 TABLE: dict[str, Row] = {name: row for part in PARTS for name, row in part.items()}
-
-
-def value_of(row: Any) -> Any:
-    return getattr(row, "value", None)

@@ -17,8 +17,9 @@ from tests.options.table import EXCEPTIONS, PARTS, TABLE
 FIELDS = {f.name for config in (GMPOConfig, GRPOConfig) for f in dataclasses.fields(config) if f.init}
 
 
-def of_kind(kind):
-    return [name for name, row in TABLE.items() if isinstance(row, kind)]
+def rows(kind):
+    """Parameters (option, row) of every row of a kind."""
+    return [pytest.param(name, row, id=name) for name, row in TABLE.items() if isinstance(row, kind)]
 
 
 def test_every_option_has_one_row_and_no_row_is_left_over():
@@ -43,9 +44,8 @@ def test_a_run_made_twice_is_the_same(name):
         assert completions(first) == completions(second)
 
 
-@pytest.mark.parametrize("name", of_kind(Acts))
-def test_an_option_acts(name):
-    row = TABLE[name]
+@pytest.mark.parametrize(("name", "row"), rows(Acts))
+def test_an_option_acts(name, row):
     without, with_it = run(row.scenario, **row.given), run(row.scenario, **{**row.given, name: row.value})
     before, after = row.sees(without), row.sees(with_it)
     assert after != before, f"{name}={row.value!r} changes nothing"
@@ -54,15 +54,14 @@ def test_an_option_acts(name):
         assert after == (pytest.approx(expected) if row.sees is rates else expected)
 
 
-@pytest.mark.parametrize("name", of_kind(Refused))
-def test_an_option_that_cannot_act_is_refused(name, tmp_path):
-    row = TABLE[name]
+@pytest.mark.parametrize(("name", "row"), rows(Refused))
+def test_an_option_that_cannot_act_is_refused(name, row, tmp_path):
     with pytest.raises((ValueError, ImportError)) as caught:
         build(SCENARIOS[row.scenario], {**row.given, name: row.value}, tmp_path)
     assert name in str(caught.value)
     assert re.search(row.message, str(caught.value))
 
 
-@pytest.mark.parametrize("name", of_kind(Checked))
-def test_an_option_passes_its_own_check(name, monkeypatch, tmp_path):
-    TABLE[name].by(monkeypatch, tmp_path)
+@pytest.mark.parametrize(("name", "row"), rows(Checked))
+def test_an_option_passes_its_own_check(name, row, monkeypatch, tmp_path):
+    row.by(monkeypatch, tmp_path)

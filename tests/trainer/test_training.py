@@ -240,6 +240,17 @@ def test_compute_metrics_gets_completions_and_their_rewards(make_trainer):
     assert [row[row != -100].tolist() for row in seen["prompts"][:3]] == [[5], [5], [5, 6]]  # a, a, a b
 
 
+def test_a_reward_sees_the_step_that_the_training_is_at(make_trainer):
+    seen = []
+
+    def reward(completions, trainer_state, **columns):
+        seen.append(trainer_state.global_step)
+        return share_of_a(completions)
+
+    make_trainer(reward_funcs=reward, max_steps=3, steps_per_generation=1).train()
+    assert seen == [0, 1, 2]
+
+
 def test_dropping_the_last_evaluation_batch_leaves_whole_batches(make_trainer):
     calls = []
     make_trainer(
