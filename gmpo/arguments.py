@@ -43,6 +43,7 @@ NEEDS = {
     "num_completions_to_print": "log_completions",
     "log_unique_prompts": "log_completions",
     "log_completions_hub_repo": "log_completions",
+    "transformers_continuous_batching_config": "use_transformers_continuous_batching",
     "liger_kernel_config": "use_liger_kernel",
     "fsdp_config": "fsdp",
 }

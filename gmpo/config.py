@@ -97,6 +97,8 @@ class GRPOConfig(
     # -- names and defaults that stand for something else -------------------------------------------------------------
 
     def _resolve_aliases(self) -> None:
+        if self.use_transformers_paged:
+            self.use_transformers_continuous_batching, self.use_transformers_paged = True, False
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         if self.vllm_importance_sampling_cap is not None:

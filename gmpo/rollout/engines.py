@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gmpo.rollout.checked_engine import CheckedEngine
+from gmpo.rollout.continuous_engine import ContinuousEngine, generation_config
 from gmpo.rollout.engine import Engine
 from gmpo.rollout.generate_engine import GenerateEngine
 from gmpo.rollout.inference import Autocast
@@ -40,6 +41,9 @@ def build_engine(
 
 
 def generation_engine(settings: RolloutSettings) -> str:
+    if settings.use_transformers_continuous_batching:
+        check_alone(settings)
+        return "continuous"
     if settings.cache_implementation is None:
         return settings.generation_engine
     if settings.generation_engine == "shared_prefix":
@@ -49,6 +53,30 @@ def generation_engine(settings: RolloutSettings) -> str:
             "cache_implementation."
         )
     return "generate"
+
+
+def check_alone(settings: RolloutSettings) -> None:
+    """Raise a ValueError for options of the other engines beside continuous batching."""
+    for name, default in (("generation_engine", "auto"), ("cache_implementation", None)):
+        if getattr(settings, name) != default:
+            raise ValueError(
+                f"{name}={getattr(settings, name)!r} does nothing with use_transformers_continuous_batching, which is "
+                f"an engine with a cache of its own. Leave one of them out."
+            )
+
+
+def continuous(
+    settings: RolloutSettings, policy: Policy, encoder: PromptEncoder, autocast: Autocast | None
+) -> ContinuousEngine:
+    generation_config(sampling_from(settings), encoder.eos, encoder.pad)
+    return ContinuousEngine(
+        policy,
+        eos=encoder.eos,
+        pad=encoder.pad,
+        options=settings.transformers_continuous_batching_config,  # pyright: ignore[reportArgumentType]
+        autocast=autocast,
+        gather=settings.ds3_gather_for_generation,
+    )
 
 
 def generate(
@@ -81,4 +109,5 @@ BUILDERS: dict[str, Callable[..., Engine]] = {
     "auto": lambda *given: CheckedEngine(shared_prefix(*given), otherwise=generate(*given)),
     "shared_prefix": lambda *given: CheckedEngine(shared_prefix(*given), otherwise=None),
     "generate": generate,
+    "continuous": continuous,
 }

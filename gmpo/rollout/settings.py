@@ -39,12 +39,14 @@ class RolloutSettings:
     )
     cache_implementation: str | None = option(None, "Cache class of transformers' generate.")
     use_transformers_continuous_batching: bool = option(
-        False, "Generate with transformers' continuous batching.", later=True
+        False,
+        "Generate with transformers' continuous batching: a paged cache that requests join and leave. Random numbers "
+        "then depend on which completions are made together.",
     )
-    transformers_continuous_batching_config: dict[str, Any] | None = option(
-        None, "Keywords of transformers' ContinuousBatchingConfig.", later=True
+    transformers_continuous_batching_config: dict[str, Any] | str | None = option(
+        None, "Keywords of transformers' ContinuousBatchingConfig; without max_memory_percent a GPU gives half."
     )
-    use_transformers_paged: bool = option(False, "Old name of use_transformers_continuous_batching.", later=True)
+    use_transformers_paged: bool = option(False, "Old name of use_transformers_continuous_batching.")
     ds3_gather_for_generation: bool = option(
         True, "ZeRO-3: gather the parameters for generation (fast); False generates from shards (less memory, slow)."
     )
@@ -125,7 +127,12 @@ SERVER_ONLY = (
     "vllm_weight_folder",
 )
 BOTH_MODES = ("vllm_mode", "vllm_structured_outputs_regex", "vllm_publication_tolerance")
-WITHOUT_VLLM = ("generation_engine", "cache_implementation", "ds3_gather_for_generation")
+WITHOUT_VLLM = (
+    "generation_engine",
+    "cache_implementation",
+    "ds3_gather_for_generation",
+    "use_transformers_continuous_batching",
+)
 
 
 def check_vllm_options(settings: RolloutSettings) -> None:
