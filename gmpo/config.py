@@ -82,8 +82,9 @@ class GRPOConfig(
 
     def __post_init__(self):
         parse_dicts(self)
-        self._resolve_aliases()
+        self._resolve_defaults()
         check_options(self)
+        self._resolve_old_names()
         check_objective(self, algorithm=self.algorithm)
         check_rewards(self)
         check_vllm_options(self)
@@ -96,20 +97,22 @@ class GRPOConfig(
 
     # -- names and defaults that stand for something else -------------------------------------------------------------
 
-    def _resolve_aliases(self) -> None:
-        if self.use_transformers_paged:
-            self.use_transformers_continuous_batching, self.use_transformers_paged = True, False
+    def _resolve_defaults(self) -> None:
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        if self.vllm_importance_sampling_cap is not None:
-            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
-            self.vllm_importance_sampling_cap = None
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ValueError(
                 f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are both set. Keep one of them."
             )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+
+    def _resolve_old_names(self) -> None:
+        if self.use_transformers_paged:
+            self.use_transformers_continuous_batching, self.use_transformers_paged = True, False
+        if self.vllm_importance_sampling_cap is not None:
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
+            self.vllm_importance_sampling_cap = None
 
     # -- what one stage alone can't know ------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Every stage's `settings.py` is a dataclass whose fields are made by `option`.  `
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -110,16 +110,31 @@ def check_option(field: dataclasses.Field, value: Any, declared: str) -> None:
 
 
 def check_type(field: dataclasses.Field, value: Any, declared: str) -> None:
-    numeric = "int" in declared or "float" in declared
-    if numeric and "list" not in declared and "dict" not in declared and "str" not in declared:
-        whole = "float" not in declared
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            kind = "a whole number" if whole else "a number"
-            raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not {kind}.")
-    if declared == "bool" and not isinstance(value, bool):
-        raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not True or False.")
-    if declared.startswith("dict") and not isinstance(value, dict):
-        raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not a dict (or a JSON object).")
+    """Raise a ValueError if `value`, which is not None, is of another type than the first one that is declared."""
+    for start, (fits, wanted) in TYPES.items():
+        if declared.startswith(start):
+            if not fits(value):
+                raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not {wanted}.")
+            return
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# how a declared type starts -> (what is of that type, what it is in words)
+TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    "float": (is_number, "a number"),
+    "str": (lambda value: isinstance(value, str), "text"),
+    "dict": (lambda value: isinstance(value, dict), "a dict (or a JSON object)"),
+    "list[float]": (lambda value: isinstance(value, list | tuple) and all(map(is_number, value)), "a list of numbers"),
+    "list[str]": (
+        lambda value: isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
+        "a list of texts",
+    ),
+}
 
 
 def check_range(field: dataclasses.Field, value: Any, rules: Rules) -> None:
