@@ -1,6 +1,6 @@
 """The demo's task trained with each engine: transformers, vLLM in the trainer's process, vLLM behind a server.
 
-    .venv-vllm/bin/python -m benchmarks.vllm [--steps 28] [--engines transformers colocated server]
+    .venv-vllm/bin/python -m benchmarks.vllm [--steps 16] [--engines transformers colocated server]
 
 `make demo` makes the model, `make test-vllm` the environment.  All engines get the same options, problems and seeds;
 their random numbers differ, so the runs differ by chance.  What an engine has shown is kept in --output, and the table
@@ -27,8 +27,8 @@ from benchmarks import compare
 from examples import chain_sum, demo, smollm2
 
 LONGEST = 128  # tokens of a problem and its answer
-LEARNING_RATE = "2e-5"  # twice the demo's, for a run of a third of its steps
-WARMING_UP = 8  # steps whose times do not count: kernels are chosen, servers compile
+LEARNING_RATE = "3e-5"  # three times the demo's, for a run of a sixth of its steps
+WARMING_UP = 4  # steps whose times do not count: kernels are chosen, servers compile
 STARTING = 300.0  # seconds that a server may take to start
 SERVER = ["--enforce-eager", "--max-model-len", str(LONGEST), "--max-num-seqs", "128"]
 COLOCATED = {"enforce_eager": True, "max_num_seqs": 128, "kv_cache_memory_bytes": 2**28}
@@ -47,7 +47,7 @@ Result = dict[str, Any]
 
 def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    options.add_argument("--steps", type=int, default=28)
+    options.add_argument("--steps", type=int, default=16)
     options.add_argument("--problems", type=int, default=100, help="held-out problems to measure on")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--engines", nargs="+", default=list(FLAGS), choices=list(FLAGS))
