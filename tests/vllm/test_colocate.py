@@ -261,8 +261,9 @@ def test_prompts_that_do_not_fit_into_one_batch_wait(start):
     engine = start(policy, kwargs={"max_num_batched_tokens": 64}, vllm_max_model_length=64)
     engine.publish(0)
     requests = [request([5 + number] * 40, count=2, seed=number) for number in range(6)]
-    together = engine.generate(requests, Sampling(6))
-    assert together[4] == engine.generate(requests[4:5], Sampling(6))[0]
+    together = engine.generate(requests, Sampling(6))[4]
+    (alone,) = engine.generate(requests[4:5], Sampling(6))
+    assert [completion.ids for completion in together] == [completion.ids for completion in alone]
 
 
 def test_too_long_is_refused_before_generation(engine):
