@@ -4,6 +4,7 @@ All others act as they do for every Trainer.  And which options of any stage do 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,19 @@ NEEDS = {
     "liger_kernel_config": "use_liger_kernel",
     "fsdp_config": "fsdp",
 }
+# inherited numbers -> the least that makes sense
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 0.0,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
 LOW_RANK_OPTIMIZERS = ("galore", "apollo")  # those that read optim_target_modules
 ACCELERATOR_OPTIONS = ("gradient_accumulation_kwargs", "use_configured_state")  # of accelerator_config, that act
 
@@ -61,9 +75,17 @@ def check_arguments(config: Any) -> None:
         value = getattr(config, name)
         if value not in harmless:
             raise ValueError(f"{name}={value!r} can't act: {reason}. Leave it at {harmless[0]!r}.")
+    check_ranges(config)
     for problem in (*useless_options(config), *useless_accelerator_options(config.accelerator_config)):
         raise ValueError(problem)
     check_parallelism(config.parallelism_config)
+
+
+def check_ranges(config: Any) -> None:
+    for name, least in LEAST.items():
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise ValueError(f"{name}={value!r} is out of range: it must be at least {least} and finite.")
 
 
 def useless_options(config: Any) -> Iterator[str]:

@@ -4,7 +4,6 @@ Three things may happen with an option that a user sets: it acts, it is refused 
 where the objective can't use it, it is refused with the reason.  Nothing is ignored.
 """
 
-import difflib
 import functools
 import math
 import os
@@ -18,7 +17,7 @@ from gmpo.arguments import check_arguments, check_device
 from gmpo.data.settings import DataSettings
 from gmpo.objective.family import check_objective
 from gmpo.objective.settings import ObjectiveSettings
-from gmpo.options import check_options, option, parse_dicts
+from gmpo.options import advice, check_options, option, parse_dicts
 from gmpo.policy.settings import PolicySettings
 from gmpo.report.settings import ReportSettings
 from gmpo.reward.settings import RewardSettings, check_rewards
@@ -37,9 +36,7 @@ def _suggest_unknown(cls: Config) -> Config:
     def init(self, *args, **kwargs):
         known = {f.name for f in fields(cls)}
         for name in kwargs.keys() - known:
-            closest = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {closest[0]!r}?" if closest else ""
-            raise ValueError(f"{cls.__name__} has no option {name!r}.{hint}")
+            raise ValueError(f"{cls.__name__} has no option {name!r}.{advice(name, known)}")
         generated(self, *args, **kwargs)
 
     cls.__init__ = init

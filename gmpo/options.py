@@ -5,9 +5,10 @@ Every stage's `settings.py` is a dataclass whose fields are made by `option`.  `
 """
 
 import dataclasses
+import difflib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -74,6 +75,23 @@ def check_options(settings: Any) -> None:
     for field in dataclasses.fields(settings):
         if rules_of(field) is not None:
             check_option(field, getattr(settings, field.name), declared_type(settings, field.name))
+
+
+# options of older trainers that have no successor -> what to do instead
+GONE = {
+    "max_prompt_length": "Prompts are never cut: drop those that are too long from the dataset.",
+    "use_liger_loss": "The vocabulary head is computed in tiles whatever the options are: leave it out.",
+    "ref_model_init_kwargs": "The reference is a copy of the policy as it is given: leave it out.",
+    "dataset_num_proc": "Prompts are encoded as they are needed: leave it out.",
+}
+
+
+def advice(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """What to use in the place of an option that does not exist; "" if nothing comes to mind."""
+    if name in GONE:
+        return f" {GONE[name]}"
+    closest = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {prefix}{closest[0]}?" if closest else ""
 
 
 def declared_type(settings: Any, name: str) -> str:

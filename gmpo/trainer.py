@@ -46,7 +46,7 @@ from gmpo.report.rollouts import rollout_statistics
 from gmpo.report.tables import set_tensorboard_folder
 from gmpo.reward.advantages import reward_statistics
 from gmpo.reward.model import ModelOptions
-from gmpo.reward.sources import build_sources
+from gmpo.reward.sources import FunctionReward, build_sources
 from gmpo.rollout.engines import build_engine
 from gmpo.rollout.prompts import PromptEncoder, check_dataset
 from gmpo.rollout.sampling import sampling_from
@@ -98,7 +98,7 @@ class GRPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | os.PathLike[str] | nn.Module,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
@@ -114,6 +114,9 @@ class GRPOTrainer(Trainer):
         environment_factory: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if not isinstance(model, str | nn.Module):
+            raise TypeError(f"model={model!r} ({type(model).__name__}) is neither a name or path nor a model.")
         config: Any = self._checked_args(args, model)
         refuse_later_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
         set_seed(config.seed)
@@ -134,6 +137,10 @@ class GRPOTrainer(Trainer):
         self.reward_sources = build_sources(
             reward_funcs, reward_processing_classes, settings=config, model_options=options
         )
+        columns = getattr(self._kept_columns(train_dataset, config), "column_names", None)
+        for source in self.reward_sources:
+            if columns is not None and isinstance(source, FunctionReward):
+                source.check_columns(columns)
         self.plan = CollectionPlan(
             config.num_generations, config.generation_batch_size, config.micro_steps_per_collection
         )
@@ -165,10 +172,8 @@ class GRPOTrainer(Trainer):
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             return cls.config_class(f"{name.rstrip('/').split('/')[-1]}-{cls.algorithm_name}")
         if not isinstance(args, cls.config_class):
-            raise TypeError(
-                f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(args).__name__}. "
-                "Their clip windows don't mean the same."
-            )
+            why = " Their clip windows don't mean the same." if isinstance(args, GRPOConfig) else ""
+            raise TypeError(f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(args).__name__}.{why}")
         if args.clip_window_is_inert and args.algorithm == "gmpo":
             warnings.warn(
                 f"Each collection makes a single optimizer step (steps_per_generation={args.steps_per_generation}, "
@@ -263,8 +268,12 @@ class GRPOTrainer(Trainer):
         return self.accelerator.prepare(DataLoader(**loader))
 
     def _training_rows(self) -> Any:
-        dataset: Any = self.train_dataset
-        if not self.args.remove_unused_columns:
+        return self._kept_columns(self.train_dataset, self.args)
+
+    @staticmethod
+    def _kept_columns(dataset: Any, args: Any) -> Any:
+        """`dataset` without the columns that gmpo does not read, where those are not wanted."""
+        if not args.remove_unused_columns or dataset is None:
             return dataset
         return dataset.select_columns([c for c in ("prompt", "image", "images") if c in dataset.column_names])
 

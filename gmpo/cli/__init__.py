@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `gmpo`.
 
     Returns:
-        The exit status: 0, or 2 for what the user can fix, which one message on standard error tells.
+        The exit status: 0; 2 for what the user can fix, which one message on standard error tells; 130 for Ctrl-C.
 
     Raises:
         Exception: Whatever else goes wrong, with its traceback; so do errors of the user's own code (a reward
@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         lines = [f"gmpo {command}: {error}", *getattr(error, "__notes__", ())]
         return complain("\n".join([*lines, f"(gmpo --debug {command} ... shows where this comes from)"]))
+    except KeyboardInterrupt as error:
+        if options.debug:
+            raise
+        return complain("\n".join([f"gmpo {command}: interrupted.", *getattr(error, "__notes__", ())]), status=130)
     return 0
 
 
@@ -66,9 +70,9 @@ def top_level_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def complain(message: str) -> int:
+def complain(message: str, *, status: int = 2) -> int:
     print(message, file=sys.stderr)
-    return 2
+    return status
 
 
 def needs_traceback(error: BaseException) -> bool:

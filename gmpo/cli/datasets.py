@@ -64,6 +64,8 @@ def load_file(path: str, *, split: str, kwargs: dict[str, Any]) -> Any:
     """The rows of one file, whatever the split is called; a slice of it ("train[:100]") is taken."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path!r}.")
+    if not Path(path).stat().st_size:
+        raise ValueError(f"{path} is empty: there is nothing to train on.")
     reader, files = READERS[Path(path).suffix.lower()], {split.partition("[")[0]: path}
     try:
         return datasets.load_dataset(reader, data_files=files, split=split, **kwargs)

@@ -1,7 +1,6 @@
 """Options of `gmpo train` out of a YAML file and flags: flags win, unknown names are refused with the closest one."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from gmpo.config import GMPOConfig, GRPOConfig
-from gmpo.options import check_options, declared_type, option
+from gmpo.options import advice, check_options, declared_type, option
 
 CONFIGS: dict[str, type[GRPOConfig]] = {"gmpo": GMPOConfig, "grpo": GRPOConfig}
 PEER_NAMES = {  # what the same option is called in TRL's scripts
@@ -114,7 +113,7 @@ class FlagParser(HfArgumentParser):
                 action.type = str  # JSON, which the config reads
 
     def error(self, message: str) -> Any:
-        raise ValueError(f"{message}.")
+        raise ValueError(f"{message.rstrip('.')}.")
 
     def types(self) -> dict[str, Any]:
         """What turns a flag's text into its value, by option."""
@@ -148,8 +147,10 @@ def unknown_option(name: str, known: set[str], *, source: str = "") -> str:
     bare = name.lstrip("-").partition("=")[0].replace("-", "_")
     if not dashes and not source:
         return f"{name!r} stands alone. Options are --name value; a config file is --config FILE."
-    close = [PEER_NAMES[bare]] if bare in PEER_NAMES else difflib.get_close_matches(bare, known, n=1)
-    hint = f" Did you mean {dashes}{close[0]}?" if close else " gmpo train --help lists the options."
+    if bare in PEER_NAMES:
+        hint = f" Did you mean {dashes}{PEER_NAMES[bare]}?"
+    else:
+        hint = advice(bare, known, prefix=dashes) or " gmpo train --help lists the options."
     return f"There is no option {dashes}{bare}{source}.{hint}"
 
 

@@ -9,6 +9,9 @@ import yaml
 from gmpo.cli.parse import ScriptOptions
 from gmpo.config import GRPOConfig, changed_options
 
+# what a config file may not say beside the rest: sizes that follow from others, secrets, notes of the config's own
+NOT_TO_REPEAT = ("generation_batch_size", "hub_token", "_n_gpu")
+
 
 def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> str:
     """The resolved options as YAML, those that differ from the defaults first, and the batch arithmetic.
@@ -16,7 +19,7 @@ def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> 
     Args:
         num_prompts: Rows of the training set; None: a stream.
     """
-    values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    values = {name: value for name, value in config.to_dict().items() if name not in NOT_TO_REPEAT}
     changed = changed_options(config).keys() | {"output_dir"}
     own = {name: value for name, value in vars(script).items() if value is not None and name != "dry_run"}
     first = {name: value for name, value in values.items() if name in changed}

@@ -19,7 +19,7 @@ from gmpo.cli.plan import plan
 from gmpo.cli.tasks import PREFIX, REWARDS, evaluation_settings
 from gmpo.config import STAGE_SETTINGS, GRPOConfig
 from gmpo.options import rules_of
-from gmpo.policy.loading import load_tokenizer
+from gmpo.policy.loading import check_path, load_tokenizer
 from gmpo.report.completions import or_warn
 from gmpo.report.plots import training_curves
 from gmpo.report.progress import ProgressLines
@@ -39,6 +39,9 @@ def run(arguments: Sequence[str]) -> None:
     script, config = parse(arguments)
     check_evaluation(script, config)
     if script.dry_run:
+        check_path(str(script.model))
+        for spec in reward_specs(script):
+            resolve_reward(spec)
         rows = training_rows(script, as_messages=False)
         print(plan(script, config, len(rows) if hasattr(rows, "__len__") else None))
         return
@@ -178,8 +181,11 @@ def resolve_reward(spec: str) -> Any:
         return spec
     known = REWARDS.keys() | BUILTIN.keys() | FACTORIES.keys()
     close = difflib.get_close_matches(spec, known, n=1)
-    if close and not is_reward_spec(spec):
-        raise ValueError(f"There is no reward {spec!r}. Did you mean {close[0]!r}?")
+    if spec.endswith(".py"):
+        raise ValueError(f"The reward {spec!r} is a file without a function: write {spec}:NAME.")
+    if "." not in spec and not is_reward_spec(spec):
+        hint = f"Did you mean {close[0]!r}?" if close else f"Built in are {', '.join(sorted(known))}."
+        raise ValueError(f"There is no reward {spec!r}. {hint}")
     return load_reward(spec)
 
 

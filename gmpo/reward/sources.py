@@ -76,6 +76,12 @@ class FunctionReward:
             keywords = {name: value for name, value in keywords.items() if name in self._parameters}
         return self._function(**keywords)
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise a ValueError if the function needs what neither gmpo nor a dataset with these columns gives it."""
+        if self._parameters is not None:
+            others = [name for name in columns if name not in OWN_COLUMNS]
+            self._check_required(dict.fromkeys([*others, *sorted(OWN_KEYWORDS), "completion_ids"]))
+
     def _check_required(self, keywords: Mapping[str, Any]) -> None:
         assert self._parameters is not None
         required = [name for name, parameter in self._parameters.items() if parameter.default is parameter.empty]

@@ -155,14 +155,19 @@ class PromptEncoder:
                 "text is supported: remove it."
             )
         continued = messages[-1]["role"] == "assistant"
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=False,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            **{**self.template_kwargs, **(row.get("chat_template_kwargs") or {})},
-        )
+        from jinja2 import TemplateError
+
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                **{**self.template_kwargs, **(row.get("chat_template_kwargs") or {})},
+            )
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses the prompt {shown(messages)}: {error}") from error
         return list(ids)
 
 
@@ -193,6 +198,11 @@ def check_dataset(dataset: Any, encoder: PromptEncoder, *, name: str = "train_da
     """
     if dataset is None:
         return
+    if isinstance(dataset, Mapping):
+        splits = [repr(split) for split in dataset]
+        raise ValueError(f"{name} is a dict of datasets ({', '.join(splits)}). Pass one of them: dataset[{splits[0]}].")
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise ValueError(f"{name} is empty: there is no prompt.")
     columns = getattr(dataset, "column_names", None)
     made_as_read = not hasattr(dataset, "__len__") or getattr(dataset, "format", {}).get("type") == "custom"
     try:

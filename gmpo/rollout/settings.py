@@ -13,6 +13,7 @@ class RolloutSettings:
         1.0,
         "Sampling temperature; the trainer's log-probs are of the same scaled distribution.",
         low=0.0,
+        high=100.0,
         low_open=True,
     )
     top_p: float = option(

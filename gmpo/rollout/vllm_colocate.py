@@ -239,7 +239,10 @@ def start(settings: RolloutSettings, policy: Any, tokenizer: Any, *, folder: str
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, not in one of its own
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with undisturbed():
-        from vllm import LLM
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError(f"use_vllm=True needs vLLM: pip install 'gmpo[vllm]' ({error}).") from None
 
         register()
         return LLM(**engine_arguments(settings, policy, folder=folder, dtype=dtype))

@@ -11,6 +11,7 @@ from gmpo.cli.tasks import bare_number, reasoning_gym
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.report.progress import ProgressLines
 from gmpo.reward.builtin import BUILTIN
+from tests.tiny import tiny_model
 
 
 class FakeTrainer:
@@ -263,3 +264,58 @@ def test_train_can_be_started_as_a_module_by_a_launcher():
     done = subprocess.run([sys.executable, "-m", "gmpo.cli", "train", "--datset", "x"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "gmpo train: There is no option --datset. Did you mean --dataset?"
+
+
+def test_a_dry_run_prints_a_config_file(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n' * 8)
+    model = tmp_path / "tiny"
+    tiny_model().save_pretrained(model)
+    arguments = [
+        "train",
+        "--model",
+        str(model),
+        "--dataset",
+        str(rows),
+        "--reward",
+        "think_format",
+        "--use_cpu",
+        "true",
+    ]
+    assert main([*arguments, "--steps_per_generation", "2", "--output_dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    first = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(first)
+    assert main(["train", "--config", str(tmp_path / "again.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_dry_run_looks_at_model_and_rewards_too(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    start = ["train", "--dataset", str(rows), "--dry-run"]
+    for wrong, told in (
+        (["--model", "./nope", "--reward", "think_format"], "nothing is there"),
+        (["--model", "m", "--reward", "nope.py:x"], "nope.py"),
+        (["--model", "m", "--reward", "rewards.py"], "write rewards.py:NAME"),
+        (["--model", "m", "--reward", "qwertz"], "bare_number"),
+    ):
+        assert main([*start, *wrong]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_an_empty_file_is_called_empty(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("")
+    assert (
+        main(["train", "--model", "m", "--dataset", str(tmp_path / "rows.jsonl"), "--reward", "accuracy", "--dry-run"])
+        == 2
+    )
+    assert "rows.jsonl is empty" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_a_line_and_its_own_status(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gmpo.cli.train.run", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "gmpo train: interrupted.\n"
