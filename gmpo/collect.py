@@ -21,7 +21,7 @@ from gmpo.reward.sources import RewardSource
 from gmpo.rollout.engine import Engine, Request, Sampling
 from gmpo.rollout.prompts import PromptEncoder
 from gmpo.rollout.rollouts import roll_out
-from gmpo.types import Batch, Rollout, Scores
+from gmpo.types import Batch, Rollout, Scores, TokenSets
 
 
 @dataclass(slots=True)
@@ -222,6 +222,7 @@ def as_batch(rollouts: Sequence[Rollout], advantages: Tensor, *, group: Sequence
         advantages=advantages.to(torch.float32),
         group=torch.tensor(group, dtype=torch.int64),
         sampler_logps=sampler_logps if reported else None,
+        support=TokenSets.padded([rollout.support for rollout in rollouts], lengths.tolist(), width),
         policy_version=rollouts[0].policy_version if rollouts else 0,
     )
 

@@ -21,7 +21,7 @@ from gmpo.options import advice, check_options, option, parse_dicts
 from gmpo.policy.settings import PolicySettings
 from gmpo.report.settings import ReportSettings
 from gmpo.reward.settings import RewardSettings, check_rewards
-from gmpo.rollout.settings import RolloutSettings, check_vllm_options
+from gmpo.rollout.settings import RolloutSettings, check_support, check_vllm_options
 
 Config = TypeVar("Config", bound=type)
 
@@ -85,6 +85,7 @@ class GRPOConfig(
         check_objective(self, algorithm=self.algorithm)
         check_rewards(self)
         check_vllm_options(self)
+        check_support(self)
         check_arguments(self)
         self._check_combinations()
         super().__post_init__()

@@ -193,7 +193,11 @@ class GRPOTrainer(Trainer):
         self.sampling = sampling_from(args)
         self.metrics = Metrics()
         self.stopwatch = Stopwatch()
-        self.scorer = Scorer(args, temperature=self.sampling.extra.get("temperature", args.temperature))
+        self.scorer = Scorer(
+            args,
+            temperature=self.sampling.scored_temperature,
+            repetition_penalty=self.sampling.scored_penalty,
+        )
         if isinstance(self.reference, FrozenCopy):
             self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
         self.reference_sync = (

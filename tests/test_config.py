@@ -23,6 +23,7 @@ NEWER = {
     "batch_layout": "auto",
     "max_tokens_per_chunk": None,
     "zero_signal_groups": "skip",
+    "logps_support": "sampled",
     "mean_power": 0.0,
     "mean_power_final": None,
 }
@@ -116,6 +117,12 @@ ILLEGAL = [
     ({"auto_find_batch_size": True}, "max_tokens_per_chunk"),
     ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "scale_rewards='none'"),
     ({"warmup_ratio": 0.1, "warmup_steps": 3}, "warmup_ratio=0.1 and warmup_steps=3"),
+    ({"use_vllm": True, "top_p": 0.9}, "top_p=0.9 can't be scored.*vLLM does not report.*logps_support='full'"),
+    ({"use_vllm": True, "generation_kwargs": {"min_tokens": 4}}, "min_tokens=4 can't be scored"),
+    ({"use_vllm": True, "vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex='a\\+' can't be scored"),
+    ({"generation_kwargs": {"sequence_bias": {(3,): 1.0}}}, "sequence_bias=.*changes the logits.*logps_support='full'"),
+    ({"generation_kwargs": {"do_sample": False}}, "always 0.*logps_support='full'"),
+    ({"generation_kwargs": {"temperature": 0.0}}, "always 0.*logps_support='full'"),
     ({"eval_strategy": "steps", "per_device_eval_batch_size": 4}, "per_device_eval_batch_size=4.*num_generations_eval"),
 ]
 
@@ -124,6 +131,21 @@ ILLEGAL = [
 def test_an_illegal_value_is_refused_with_option_value_and_remedy(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_vllm": True, "top_p": 0.9, "logps_support": "full"},
+        {"use_vllm": True, "top_p": 0.9, "generation_kwargs": {"top_p": 1.0}},  # generation_kwargs win
+        {"use_vllm": True, "temperature": 0.7, "generation_kwargs": {"stop": ["x"], "max_tokens": 3}},
+        {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "generation_kwargs": {"typical_p": 0.5}},
+        {"generation_kwargs": {"do_sample": False}, "logps_support": "full"},
+    ],
+    ids=str,
+)
+def test_sampling_whose_log_probs_are_known_is_accepted(make, options):
+    assert make(**options).logps_support == options.get("logps_support", "sampled")
 
 
 def test_an_unknown_option_is_refused_with_the_closest_name(make):

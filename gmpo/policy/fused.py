@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gmpo.policy.head import PLAIN, Transform, computing_dtype
+from gmpo.policy.shaping import Shaping
 from gmpo.policy.tiles import LinearTiles
 
 LossOfTile = Callable[[int, Tensor, Tensor], Tensor]  # (number of the tile, logps [r], entropy [r]) -> scalar
@@ -24,6 +25,8 @@ def fused_loss(
     sizes: Sequence[int],
     loss_of: LossOfTile,
     transform: Transform = PLAIN,
+    *,
+    shaping: Shaping | None = None,
 ) -> Tensor:
     """Sum over tiles of `loss_of`, a scalar; carries the gradients of `hidden` and of `head`.
 
@@ -31,14 +34,15 @@ def fused_loss(
         hidden: [N, H], the rows of a tile next to each other.
         targets: [N] int64.
         sizes: Rows of each tile.
+        shaping: [N] what the sampler did to the logits; None: nothing.
     """
     dtype = computing_dtype(hidden, head)
-    return _FusedLoss.apply(hidden, head.weight, head.bias, targets, sizes, loss_of, dtype, transform)
+    return _FusedLoss.apply(hidden, head.weight, head.bias, targets, sizes, loss_of, dtype, transform, shaping)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, sizes, loss_of, dtype, transform):
+    def forward(ctx, hidden, weight, bias, targets, sizes, loss_of, dtype, transform, shaping):
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = LinearTiles(weight, bias, dtype, transform)
             total = torch.zeros((), dtype=tiles.wide, device=hidden.device)
@@ -48,7 +52,7 @@ class _FusedLoss(torch.autograd.Function):
             stop = 0
             for number, size in enumerate(sizes):
                 rows = slice(stop, stop := stop + size)
-                logps, entropy = tiles.scores(hidden[rows], targets[rows])
+                logps, entropy = tiles.scores(hidden[rows], targets[rows], None if shaping is None else shaping[rows])
                 share, into_logps, into_entropy = _loss_and_gradients(loss_of, number, logps, entropy)
                 total += share
                 if into_logps is not None or into_entropy is not None:
@@ -67,7 +71,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         found, ctx.found = ctx.found, None
         found = iter([tensor.mul_(grad_outputs[0]).to(dtype) for tensor, dtype in found])
-        return *(next(found) if present else None for present in ctx.present), None, None, None, None, None
+        return *(next(found) if present else None for present in ctx.present), None, None, None, None, None, None
 
 
 def _loss_and_gradients(

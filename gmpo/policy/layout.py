@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmpo.types import Batch
+from gmpo.types import Batch, ranges
 
 Cost = Callable[[int, int], float]  # of a rectangle of so many rows and columns
 
@@ -101,7 +101,7 @@ def lay_out(batch: Batch, plan: Plan) -> Layout:
     pool = torch.cat([*(batch.prompt_ids[tree[0]] for tree in plan.trees), batch.completion_ids.flatten()])
     segments, last_prompt_token, branch_start = _segments(plan, batch.completion_ids.shape[1])
     start, length, origin, tree, branch, position, weight = torch.tensor(segments, dtype=torch.int64).view(-1, 7).T
-    places = _ranges(start, length).to(device)
+    places = ranges(start, length).to(device)
     size = (max(len(plan.rows), 1), plan.columns)
 
     def filled(values: Tensor, background: int) -> Tensor:
@@ -110,8 +110,8 @@ def lay_out(batch: Batch, plan: Plan) -> Layout:
         return flat.view(size)
 
     return Layout(
-        input_ids=filled(pool[_ranges(origin, length).to(device)], 0),
-        position_ids=filled(_ranges(position, length), 0),
+        input_ids=filled(pool[ranges(origin, length).to(device)], 0),
+        position_ids=filled(ranges(position, length), 0),
         tree=filled(tree.repeat_interleave(length), -1 if plan.trees else 0),
         branch=filled(branch.repeat_interleave(length), 0),
         weight=filled(weight.repeat_interleave(length), 0).float(),
@@ -145,12 +145,6 @@ def _segments(plan: Plan, width: int) -> tuple[list[tuple[int, ...]], list[int],
                 last_prompt_token[member], branch_start[member] = last, place
                 place += length
     return segments, last_prompt_token, branch_start
-
-
-def _ranges(start: Tensor, length: Tensor) -> Tensor:
-    """start[0], ..., start[0] + length[0] - 1, start[1], ..., one after another."""
-    before = length.cumsum(0) - length
-    return (start - before).repeat_interleave(length) + torch.arange(int(length.sum()))
 
 
 def _sources(batch: Batch, last_prompt_token: list[int], branch_start: list[int]) -> Tensor:

@@ -29,6 +29,7 @@ from gmpo.policy.layout import Layout, Plan, lay_out, spread
 from gmpo.policy.masks import attention_masks
 from gmpo.policy.router import is_mixture, load_balancing_loss, recorded_routers
 from gmpo.policy.settings import PolicySettings
+from gmpo.policy.shaping import Shaping, shaping_of
 from gmpo.policy.tiles import tile_rows, token_scores
 from gmpo.types import Batch, Scores
 
@@ -43,6 +44,7 @@ class _Run:
     layout: Layout
     head: Head
     transform: Transform
+    shaping: Shaping | None = None  # [B, T]
 
 
 class Scorer:
@@ -52,8 +54,8 @@ class Scorer:
     head is replaced meanwhile: it gets hidden states, and gives log-probs or a loss instead of logits.
     """
 
-    def __init__(self, settings: PolicySettings, *, temperature: float = 1.0):
-        self.settings, self.temperature = settings, temperature
+    def __init__(self, settings: PolicySettings, *, temperature: float = 1.0, repetition_penalty: float = 1.0):
+        self.settings, self.temperature, self.repetition_penalty = settings, temperature, repetition_penalty
         self._layouts = Layouts(settings)
         self._transforms: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()
 
@@ -147,7 +149,7 @@ class Scorer:
             return _spread(values, rows.mask), dtypes[0]
 
         plan = self._layouts.plan(model, batch, logps_of, last_token=self._routed(model))
-        return _Run(batch, lay_out(batch, plan), head, transform)
+        return _Run(batch, lay_out(batch, plan), head, transform, shaping_of(batch, self.repetition_penalty))
 
     def _transform(self, model: nn.Module, device: torch.device) -> Transform:
         causal = unwrapped(model)
@@ -222,9 +224,8 @@ def _model_inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
 
 def _all_scores(run: _Run, hidden: Tensor, want_entropy_grad: bool) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of all trained tokens, [M] each, in the order of the mask."""
-    places, targets = run.layout.source[run.batch.mask], run.batch.completion_ids[run.batch.mask]
-    picked = hidden.index_select(0, places)
-    return token_scores(picked, run.head, targets, run.transform, want_entropy_grad=want_entropy_grad)
+    picked, targets, shaping = _picked(run, hidden, list(range(len(run.batch))))
+    return token_scores(picked, run.head, targets, run.transform, shaping=shaping, want_entropy_grad=want_entropy_grad)
 
 
 def _loss(run: _Run, hidden: Tensor, loss_of: LossOf, want_entropy_grad: bool) -> Tensor:
@@ -240,15 +241,23 @@ def _loss(run: _Run, hidden: Tensor, loss_of: LossOf, want_entropy_grad: bool) -
 
     total = hidden.new_zeros(())
     if others or not fused:
-        picked, targets = _picked(run, hidden, others)
-        scores = token_scores(picked, run.head, targets, run.transform, want_entropy_grad=want_entropy_grad)
+        picked, targets, shaping = _picked(run, hidden, others)
+        scores = token_scores(
+            picked, run.head, targets, run.transform, shaping=shaping, want_entropy_grad=want_entropy_grad
+        )
         total = share(others, *scores) if others else scores[0].sum()
     if fused:
-        picked, targets = _picked(run, hidden, [row for rows in fused for row in rows])
+        picked, targets, shaping = _picked(run, hidden, [row for rows in fused for row in rows])
         sizes = [int(batch.mask[rows].sum()) for rows in fused]
         assert run.head.linear is not None
         total = total + fused_loss(
-            picked, run.head.linear, targets, sizes, lambda tile, *scores: share(fused[tile], *scores), run.transform
+            picked,
+            run.head.linear,
+            targets,
+            sizes,
+            lambda tile, *scores: share(fused[tile], *scores),
+            run.transform,
+            shaping=shaping,
         )
     return total
 
@@ -274,11 +283,12 @@ def _tiles(counts: list[int], capacity: int) -> tuple[list[list[int]], list[int]
     return [[row] for row in fitting], others
 
 
-def _picked(run: _Run, hidden: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """Hidden states and targets of the trained tokens of `rows`, one row after another."""
+def _picked(run: _Run, hidden: Tensor, rows: list[int]) -> tuple[Tensor, Tensor, Shaping | None]:
+    """Hidden states, targets and shaping of the trained tokens of `rows`, one row after another."""
     index = torch.tensor(rows, dtype=torch.int64, device=run.batch.mask.device)
     mask = run.batch.mask[index]
-    return hidden.index_select(0, run.layout.source[index][mask]), run.batch.completion_ids[index][mask]
+    shaping = None if run.shaping is None else run.shaping[index][mask]
+    return hidden.index_select(0, run.layout.source[index][mask]), run.batch.completion_ids[index][mask], shaping
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ what is made of them is made in float32 (float64 for float64), a few rows at a t
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmpo.policy.head import PLAIN, Head, Transform, computing_dtype
 from gmpo.policy.linear import add_product, product, product_into
+from gmpo.policy.shaping import Shaping
 
 TILE_BYTES = 256 * 2**20  # of the logits of one tile on a CPU
 TILE_SHARE = 0.03  # of the memory of an accelerator
@@ -19,7 +21,13 @@ SOME_VOCABULARY = 8192  # columns of a 16-bit weight gradient that are added up 
 
 
 def token_scores(
-    hidden: Tensor, head: Head, targets: Tensor, transform: Transform = PLAIN, *, want_entropy_grad: bool = True
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    transform: Transform = PLAIN,
+    *,
+    shaping: Shaping | None = None,
+    want_entropy_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution.
 
@@ -30,6 +38,7 @@ def token_scores(
         hidden: [N, H] what the head gets.
         head: Maps [n, H] to [n, V], row by row.
         targets: [N] int64.
+        shaping: [N] what the sampler did to the logits; None: nothing.  Targets are among the tokens it could draw.
         want_entropy_grad: Whether the entropies carry gradients too.
 
     Returns:
@@ -39,12 +48,12 @@ def token_scores(
         weight, bias, dtype = head.linear.weight, head.linear.bias, computing_dtype(hidden, head.linear)
         trained = any(p is not None and p.requires_grad for p in (weight, bias))
         how = _LinearScores if trained or want_entropy_grad or not torch.is_grad_enabled() else _FrozenScores
-        logps, entropy = how.apply(hidden, weight, bias, targets, dtype, transform)
+        logps, entropy = how.apply(hidden, weight, bias, targets, dtype, transform, shaping)
     else:
         rows = tile_rows(head.vocabulary, 4, hidden.device)
         parts = [
-            checkpoint(_module_scores, head, part, target, transform, use_reentrant=False)
-            for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
+            checkpoint(_module_scores, head, hidden[part], targets[part], transform, shaped, use_reentrant=False)
+            for part, shaped in pieces(len(hidden), rows, shaping)
         ]
         logps, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
     return logps, entropy if want_entropy_grad else entropy.detach()
@@ -58,9 +67,19 @@ def tile_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:
     return max(1, size // (vocabulary * itemsize))
 
 
-def _module_scores(head: Head, hidden: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+def pieces(length: int, rows: int, shaping: Shaping | None) -> Iterator[tuple[slice, Shaping | None]]:
+    """`rows` of `length` rows at a time, with their shaping; at least one piece."""
+    for start in range(0, max(1, length), rows):
+        part = slice(start, start + rows)
+        yield part, None if shaping is None else shaping[part]
+
+
+def _module_scores(
+    head: Head, hidden: Tensor, targets: Tensor, transform: Transform, shaping: Shaping | None
+) -> tuple[Tensor, Tensor]:
     output = head.forward(hidden)
-    every = transform(output if output.dtype == torch.float64 else output.float()).log_softmax(-1)
+    logits = transform(output if output.dtype == torch.float64 else output.float())
+    every = (logits if shaping is None else shaping.apply_(logits)).log_softmax(-1)
     logps = every.gather(-1, targets[:, None]).squeeze(-1)
     return logps, -(every.exp() * every).sum(-1)
 
@@ -77,9 +96,9 @@ class LinearTiles:
         self.rows = tile_rows(len(weight), dtype.itemsize, weight.device)
         self._buffer = self.weight.new_empty((0, len(weight)))
 
-    def scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, hidden: Tensor, targets: Tensor, shaping: Shaping | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs of the targets and entropies, [r], of r hidden states [r, H]."""
-        self.hidden, self.targets = hidden.to(self.weight.dtype), targets[:, None]
+        self.hidden, self.targets, self.shaping = hidden.to(self.weight.dtype), targets[:, None], shaping
         if len(self._buffer) < len(hidden):
             self._buffer = self.weight.new_empty((len(hidden), len(self.weight)))
         self.outputs = product_into(self._buffer[: len(hidden)], self.hidden, self.weight)
@@ -87,6 +106,8 @@ class LinearTiles:
         self.entropy, logps = torch.empty_like(self.normalizer), torch.empty_like(self.normalizer)
         for rows in self._runs():
             logits = self._logits(rows)
+            if shaping is not None:
+                shaping[rows].apply_(logits)
             target = logits.gather(-1, self.targets[rows])
             peak = logits.amax(-1, keepdim=True)
             shares = logits.sub_(peak).exp()
@@ -146,6 +167,11 @@ class LinearTiles:
         for rows in self._runs():
             log_p = self._logits(rows)
             slope = self._slope(log_p)
+            if self.shaping is not None:
+                shaping = self.shaping[rows]
+                penalty = shaping.slope(log_p)
+                slope = slope if penalty is None else penalty.mul_(slope)
+                shaping.apply_(log_p)
             log_p -= self.normalizer[rows]
             gradient = log_p.exp()
             if into_entropy is None:
@@ -157,7 +183,7 @@ class LinearTiles:
             self.outputs[rows] = gradient.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else gradient
 
     def _logits(self, rows: slice) -> Tensor:
-        """Of the sampled distribution, from the outputs of the head; a copy."""
+        """Scaled by the temperature, from the outputs of the head; a copy."""
         outputs = self.outputs[rows]
         outputs = outputs.to(self.wide, copy=True) if self.bias is None else outputs + self.bias
         scale = self.transform.slope / self.transform.temperature
@@ -185,14 +211,15 @@ class _LinearScores(torch.autograd.Function):
     """Forward: tiles of logits, thrown away.  Backward: the same tiles again, turned into their gradients in place."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype, transform):
+    def forward(ctx, hidden, weight, bias, targets, dtype, transform, shaping):
         ctx.set_materialize_grads(False)
-        ctx.options = dtype, transform
+        ctx.options, ctx.shaping = (dtype, transform), shaping
         ctx.save_for_backward(hidden, weight, bias, targets)
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = LinearTiles(weight, bias, dtype, transform)
-            parts = zip(hidden.split(tiles.rows), targets.split(tiles.rows), strict=True)
-            logps, entropies = zip(*(tiles.scores(part, target) for part, target in parts), strict=True)
+            parts = pieces(len(hidden), tiles.rows, shaping)
+            scores = [tiles.scores(hidden[rows], targets[rows], shaped) for rows, shaped in parts]
+        logps, entropies = zip(*scores, strict=True)
         return torch.cat(logps), torch.cat(entropies)
 
     @staticmethod
@@ -203,28 +230,27 @@ class _LinearScores(torch.autograd.Function):
             into_weight = torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
             into_bias = torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
             into_hidden = torch.empty_like(hidden)
-            for start in range(0, len(hidden), tiles.rows):
-                rows = slice(start, start + tiles.rows)
-                tiles.scores(hidden[rows], targets[rows])
+            for rows, shaped in pieces(len(hidden), tiles.rows, ctx.shaping):
+                tiles.scores(hidden[rows], targets[rows], shaped)
                 into_logps, into_entropy = (None if grad is None else grad[rows] for grad in grad_outputs)
                 if into_logps is None:
                     into_logps = torch.zeros_like(tiles.entropy).squeeze(-1)
                 into_hidden[rows] = tiles.gradients(into_logps, into_entropy, into_weight, into_bias)
         into_weight = None if into_weight is None else into_weight.to(weight.dtype)
         into_bias = None if into_bias is None else into_bias.to(bias.dtype)
-        return into_hidden, into_weight, into_bias, None, None, None
+        return into_hidden, into_weight, into_bias, None, None, None, None
 
 
 class _FrozenScores(torch.autograd.Function):
     """Forward: for each row, the direction in which its log-prob grows.  Backward: that times its gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype, transform):
+    def forward(ctx, hidden, weight, bias, targets, dtype, transform, shaping):
         logps, entropies, directions = [], [], []
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = LinearTiles(weight, bias, dtype, transform)
-            for part, target in zip(hidden.split(tiles.rows), targets.split(tiles.rows), strict=True):
-                logp, entropy = tiles.scores(part, target)
+            for rows, shaped in pieces(len(hidden), tiles.rows, shaping):
+                logp, entropy = tiles.scores(hidden[rows], targets[rows], shaped)
                 directions.append(tiles.gradients(torch.ones_like(logp), None, None, None))
                 logps.append(logp)
                 entropies.append(entropy)
@@ -236,4 +262,4 @@ class _FrozenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         into_hidden = ctx.directions * grad_outputs[0][:, None]
-        return into_hidden.to(ctx.dtype), None, None, None, None, None
+        return into_hidden.to(ctx.dtype), None, None, None, None, None, None

@@ -93,13 +93,13 @@ class Decoder:
         return rows <= self.limits.rows and tokens <= self.limits.cache_tokens
 
     def _next_prompts(self, waiting: deque[list[Draft]]) -> list[list[Draft]]:
-        """Groups whose prompts to read now: those whose rows find room."""
+        """Groups whose prompts to read now: those of which a row at least finds room."""
         batch: list[list[Draft]] = []
         tokens, rows = 0, len(self.rows)
         while waiting and not self.ready:
             length, count = len(waiting[0][0].request.prompt.ids), len(waiting[0])
             alone = not (batch or self.rows)
-            fits = self._fits(tokens + length, rows + count) and tokens + length <= self.limits.prefill_tokens
+            fits = self._fits(tokens + length, rows + 1) and tokens + length <= self.limits.prefill_tokens
             if not (alone or fits):
                 break
             batch.append(waiting.popleft())
@@ -134,9 +134,7 @@ class Decoder:
         self._leave()
 
     def _write(self, logits: Tensor, rows: Sequence[Draft]) -> None:
-        choice = self.sampler.choose(logits, rows)
-        for row, token, logp in zip(rows, choice.tokens.tolist(), choice.logps.tolist(), strict=True):
-            self.ending.add(row, token, logp)
+        self.sampler.choose(logits, rows).record(rows, self.ending)
 
 
 def packed_logits(

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from gmpo.rollout.engine import Completion, Request
+from gmpo.types import TokenList, TokenSets
 
 BLOCK = 256  # random numbers drawn at a time
 
@@ -20,6 +21,7 @@ class Draft:
     uniforms: Iterator[float]  # one in [0, 1) per token
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    supports: list[TokenList | None] = field(default_factory=list)  # what each token was drawn from; None: all
     finish_reason: Literal["stop", "length"] | None = None  # None: not finished
 
     @property
@@ -28,7 +30,12 @@ class Draft:
         return len(self.request.prompt.ids) + len(self.ids)
 
     def completion(self) -> Completion:
-        return Completion(ids=self.ids, finish_reason=self.finish_reason or "length", logps=self.logps)
+        return Completion(
+            ids=self.ids,
+            finish_reason=self.finish_reason or "length",
+            logps=self.logps,
+            support=TokenSets.of(self.supports),
+        )
 
 
 def drafts(request: Request) -> list[Draft]:
@@ -73,10 +80,11 @@ class Ending:
         # Every token of text adds at least one byte; the margin covers special tokens, which may decode to nothing.
         self.tail = max((len(text.encode()) for text in self.stop_strings), default=0) + 8
 
-    def add(self, draft: Draft, token: int, logp: float) -> None:
+    def add(self, draft: Draft, token: int, logp: float, support: TokenList | None = None) -> None:
         """Append a token, and say so in the draft if that finishes it."""
         draft.ids.append(token)
         draft.logps.append(logp)
+        draft.supports.append(support)
         if token in self.eos or (self.stop_strings and self._stopped(draft)):
             draft.finish_reason = "stop"
         elif len(draft.ids) >= self.max_new_tokens:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from gmpo.types import Prompt
+from gmpo.types import Prompt, TokenSets
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,19 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)  # the engine's own options; they win over the fields above
+    logps_support: Literal["sampled", "full"] = "sampled"  # whether log-probs are of what was left to sample from
+
+    @property
+    def scored_temperature(self) -> float:
+        """That of the distribution whose log-probs are meant; greedy completions have those of temperature 1."""
+        return self.extra.get("temperature", self.temperature) or 1.0
+
+    @property
+    def scored_penalty(self) -> float:
+        """The repetition penalty of the distribution whose log-probs are meant."""
+        if self.logps_support == "full":
+            return 1.0
+        return self.extra.get("repetition_penalty", self.repetition_penalty) or 1.0
 
 
 @dataclass(slots=True)
@@ -37,6 +50,7 @@ class Completion:
     ids: list[int]  # with the end-of-sequence token, if there is one
     finish_reason: Literal["stop", "length"]
     logps: list[float] | None  # log-prob of each token under the temperature-scaled distribution; None: not reported
+    support: TokenSets | None = None  # [len(ids)], the tokens that each was drawn from; None: always all
 
 
 class Engine(Protocol):

@@ -63,7 +63,8 @@ class GenerateEngine:
         device = model.device
         samples = [drafts(request) for request in requests]
         rows = [draft for group in samples for draft in group]
-        turn = Turn(rows, Sampler(model, config, device=device), ending(config, self.tokenizer))
+        sampler = Sampler(model, config, device=device, logps_support=sampling.logps_support)
+        turn = Turn(rows, sampler, ending(config, self.tokenizer))
         ids, mask = left_padded([row.request.prompt.ids for row in rows], self.pad, device)
         with generating(model, autocast=self.autocast, gather=self.gather):
             model.generate(
@@ -97,10 +98,10 @@ class Turn:
         if not live:
             return tokens
         index = torch.tensor(live, device=logits.device)
-        choice = self.sampler.choose(logits[index], [self.rows[number] for number in live])
+        rows = [self.rows[number] for number in live]
+        choice = self.sampler.choose(logits[index], rows)
         tokens[index] = choice.tokens
-        for number, token, logp in zip(live, choice.tokens.tolist(), choice.logps.tolist(), strict=True):
-            self.ending.add(self.rows[number], token, logp)
+        choice.record(rows, self.ending)
         return tokens
 
 

@@ -84,7 +84,7 @@ def pieces(model: nn.Module, *, merge: bool) -> Iterator[Piece]:
         has_adapter = is_adapter_layer(module)
         for weight_name, tensor in own_weights(module.base_layer if has_adapter else module):  # pyright: ignore
             first = owners.setdefault(id(tensor), name)
-            changed = has_adapter and merge and weight_name == "weight"
+            changed = has_adapter and merge and weight_name in merged_names(module)
             if first != name and (changed or id(tensor) in adapted):
                 raise ValueError(
                     f"An adapter changes {name!r}, which shares its weight with {first!r}: no engine can hold both. "
@@ -94,7 +94,7 @@ def pieces(model: nn.Module, *, merge: bool) -> Iterator[Piece]:
                 adapted.add(id(tensor))
             if first == name:
                 full = f"{name}.{weight_name}" if name else weight_name
-                make = (lambda m=module: merged_weight(m)) if changed else (lambda t=tensor: whole(t))
+                make = (lambda m=module, n=weight_name: merged(m, n)) if changed else (lambda t=tensor: whole(t))
                 yield full, make
 
 
@@ -134,8 +134,14 @@ def own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 # -- adapters --------------------------------------------------------------------------------------------------------
 
 
-def merged_weight(layer: Any) -> Tensor:
-    """The weight of an adapted layer with its active adapters in it, from untouched base weights."""
+def merged_names(layer: Any) -> tuple[str, ...]:
+    """What its active adapters change of an adapted layer."""
+    biases: dict[str, bool] = getattr(layer, "lora_bias", {})
+    return ("weight", "bias") if any(biases.get(name) for name in layer.active_adapters) else ("weight",)
+
+
+def merged(layer: Any, name: str) -> Tensor:
+    """The "weight" or "bias" of an adapted layer with its active adapters in it, from untouched base weights."""
     if is_plain_lora(layer):
         return plain_lora_weight(layer)
     sharded = any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in layer.parameters())
@@ -146,7 +152,7 @@ def merged_weight(layer: Any) -> Tensor:
         )
     alone = copy.deepcopy(layer)
     alone.merge(safe_merge=False)
-    return alone.base_layer.weight.detach()
+    return getattr(alone.base_layer, name).detach()
 
 
 def is_plain_lora(layer: Any) -> bool:

@@ -30,6 +30,7 @@ def roll_out(
             ids=completion.ids,
             finish_reason=completion.finish_reason,
             sampler_logps=completion.logps,
+            support=completion.support,
             policy_version=version,
             completion=encoder.decode(request.prompt, completion.ids),
         )

@@ -8,7 +8,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers.generation import logits_process
 from gmpo.rollout.draft import Draft, Ending
 from gmpo.rollout.engine import Sampling
 from gmpo.rollout.settings import RolloutSettings
+from gmpo.types import TokenList
 
 # What generation_kwargs may hold: options of GenerationConfig that shape or end one sampled continuation.
 SAMPLING_OPTIONS = (
@@ -49,6 +50,7 @@ SAMPLING_OPTIONS = (
     "pad_token_id",
     "bos_token_id",
 )
+IMPOSSIBLE = -1e30  # scores below are masked: -inf, or what `remove_invalid_values` makes of it
 # Options that say how the loop of `generate` runs; they need that loop.
 LOOP_OPTIONS = (
     "cache_implementation",
@@ -87,6 +89,7 @@ def sampling_from(settings: RolloutSettings, *, greedy: bool = False) -> Samplin
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
         extra=dict(settings.generation_kwargs or {}),  # pyright: ignore
+        logps_support=settings.logps_support,  # pyright: ignore
     )
 
 
@@ -131,7 +134,14 @@ class Choice:
     """The next token of each row."""
 
     tokens: Tensor  # [R] int64
-    logps: Tensor  # [R] float32, under the temperature-scaled distribution over the whole vocabulary
+    logps: Tensor  # [R] float32
+    supports: Sequence[TokenList | None]  # R, what each was drawn from; None: all, or not asked for
+
+    def record(self, rows: Sequence[Draft], ending: Ending) -> None:
+        """Append the tokens to the drafts."""
+        chosen = zip(rows, self.tokens.tolist(), self.logps.tolist(), self.supports, strict=True)
+        for row, token, logp, support in chosen:
+            ending.add(row, token, logp, support)
 
 
 class Sampler:
@@ -141,10 +151,20 @@ class Sampler:
         model: For transformers' `_get_logits_processor`.
         config: From `sampling_config`.
         device: Of the logits.
+        logps_support: "sampled": log-probs are of the distribution that is drawn from, after all processors, and come
+            with its support; "full": of the temperature-scaled distribution over the whole vocabulary.
     """
 
-    def __init__(self, model: Any, config: GenerationConfig, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: GenerationConfig,
+        *,
+        device: torch.device,
+        logps_support: Literal["sampled", "full"] = "sampled",
+    ) -> None:
         self.model = model
+        self.logps_support = logps_support
         self.device = device
         self.config = copy.deepcopy(config)
         self.config._eos_token_tensor = torch.tensor(config.eos_token_id, device=device)  # type: ignore[attr-defined]
@@ -169,9 +189,13 @@ class Sampler:
         if self.plain:
             probabilities = scaled.softmax(-1)
             tokens = self._pick(probabilities, rows)
-            return Choice(tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log())
-        tokens = self._pick(self._processed(logits.float(), rows).softmax(-1), rows)
-        return Choice(tokens, scaled.gather(-1, tokens[:, None])[:, 0] - scaled.logsumexp(-1))
+            return Choice(tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log(), [None] * len(rows))
+        processed = self._processed(logits.float(), rows)
+        tokens = self._pick(processed.softmax(-1), rows)
+        exact = self.logps_support == "sampled"
+        supports = token_lists(processed > IMPOSSIBLE) if exact else [None] * len(rows)
+        scores = processed if exact else scaled
+        return Choice(tokens, scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1), supports)
 
     def _pick(self, probabilities: Tensor, rows: Sequence[Draft]) -> Tensor:
         if self.greedy:
@@ -200,6 +224,15 @@ class Sampler:
                 self.config, input_ids_seq_length=prompt_length, device=self.device
             )
         return self._processors[prompt_length]
+
+
+def token_lists(kept: Tensor) -> list[TokenList | None]:
+    """The tokens that are kept in each row of [R, V]; None where all are."""
+    inverse = kept.sum(-1) * 2 > kept.shape[-1]
+    listed = kept ^ inverse[:, None]
+    ids = listed.nonzero()[:, 1].to(torch.int32).cpu()
+    lists = zip(ids.split(listed.sum(-1).tolist()), inverse.tolist(), strict=True)
+    return [None if others and not len(tokens) else (tokens, others) for tokens, others in lists]
 
 
 def invert(probabilities: Tensor, numbers: Tensor) -> Tensor:

@@ -26,6 +26,13 @@ class RolloutSettings:
     repetition_penalty: float = option(
         1.0, "Divide (positive) or multiply (negative) the logits of tokens seen before.", low=0.0, low_open=True
     )
+    logps_support: str = option(
+        "sampled",
+        "What log-probs, ratios and entropies are of: 'sampled' is the distribution that tokens are drawn from, cut by "
+        "top_p, top_k, min_p and other options that mask tokens, with the repetition penalty, so that the ratio of an "
+        "unmoved policy is 1; 'full' is the temperature-scaled distribution over the whole vocabulary.",
+        choices=("sampled", "full"),
+    )
     generation_kwargs: dict[str, Any] | str | None = option(
         None,
         "Further sampling options of the engine (GenerationConfig, SamplingParams); they win over the fields above.",
@@ -106,6 +113,57 @@ class RolloutSettings:
     vllm_engine_kwargs: dict[str, Any] | str | None = option(
         None, "Further keywords of vLLM's LLM for a colocated engine, such as enforce_eager or enable_lora."
     )
+
+
+# Options of generation_kwargs that change logits of tokens which can still be drawn, in a way the trainer can't redo.
+BENDING = ("sequence_bias", "exponential_decay_length_penalty")
+# Options that cut or bend the distribution, by the values at which they don't.
+SHAPING = {
+    "top_p": (1.0, None),
+    "top_k": (0, -1, None),
+    "min_p": (0.0, None),
+    "repetition_penalty": (1.0, None),
+    "typical_p": (1.0, None),
+    "presence_penalty": (0.0, None),
+    "frequency_penalty": (0.0, None),
+    **dict.fromkeys(
+        (
+            *("top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "min_new_tokens", "min_tokens"),
+            *("min_length", "bad_words_ids", "bad_words", "suppress_tokens", "begin_suppress_tokens", "logit_bias"),
+            *("forced_bos_token_id", "forced_eos_token_id", "allowed_token_ids", "structured_outputs", *BENDING),
+        ),
+        (0, None),
+    ),
+}
+
+
+def check_support(settings: RolloutSettings) -> None:
+    """Raise a ValueError for sampling whose very distribution, with logps_support="sampled", can't be scored."""
+    extra: dict[str, Any] = settings.generation_kwargs or {}  # pyright: ignore
+    if settings.logps_support == "full":
+        return
+    remedy = (
+        "Set logps_support='full' to score under the whole temperature-scaled distribution, or leave the option out."
+    )
+    if extra.get("do_sample") is False or extra.get("temperature", 1.0) == 0:
+        raise ValueError(
+            f"generation_kwargs={extra!r} takes the most probable token, whose log-prob is always 0. {remedy}"
+        )
+    given = {name: getattr(settings, name) for name in SHAPING if hasattr(settings, name)} | extra
+    shaping = [name for name, plain in SHAPING.items() if name in given and given[name] not in plain]
+    if settings.use_vllm and settings.vllm_structured_outputs_regex is not None:
+        given["vllm_structured_outputs_regex"] = settings.vllm_structured_outputs_regex
+        shaping.append("vllm_structured_outputs_regex")
+    silent = settings.use_vllm or settings.use_transformers_continuous_batching or settings.use_transformers_paged
+    refused = shaping if silent else [name for name in shaping if name in BENDING]
+    if refused:
+        reason = (
+            f"{'vLLM' if settings.use_vllm else 'continuous batching'} does not report which tokens it drew from"
+            if silent
+            else "it changes the logits of the tokens that can be drawn"
+        )
+        listed = ", ".join(f"{name}={given[name]!r}" for name in refused)
+        raise ValueError(f"{listed} can't be scored with logps_support='sampled': {reason}. {remedy}")
 
 
 COLOCATED_ONLY = (

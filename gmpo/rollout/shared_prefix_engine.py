@@ -79,10 +79,8 @@ class SharedPrefixEngine:
         config = sampling_config(sampling, self.eos)
         with generating(model, autocast=self.autocast, gather=self.gather):
             limits = Limits(self.rows, self._cache_tokens(model), self.prefill_tokens)
-            decoder = Decoder(
-                model, Sampler(model, config, device=model.device), ending(config, self.tokenizer), limits
-            )
-            groups = decoder.write(requests)
+            sampler = Sampler(model, config, device=model.device, logps_support=sampling.logps_support)
+            groups = Decoder(model, sampler, ending(config, self.tokenizer), limits).write(requests)
         return [[draft.completion() for draft in group] for group in groups]
 
     def _cache_tokens(self, model: Any) -> int:

@@ -55,7 +55,7 @@ def test_finished_rows_leave_at_once(passes):
     assert [len(ids) for ids in seen[1:]] == [sum(n > t for n in lengths) for t in range(1, max(lengths))]
 
 
-@pytest.mark.parametrize("rows", [2])
+@pytest.mark.parametrize("rows", [2, 7])
 def test_waiting_rows_enter_when_others_leave_and_never_more_than_fit(passes, rows):
     model = tiny()
     seen = passes(model)

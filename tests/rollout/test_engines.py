@@ -1,6 +1,7 @@
 """What both engines of this process promise, and how one is chosen."""
 
 import logging
+import math
 import random
 
 import pytest
@@ -20,6 +21,7 @@ from tests.rollout.cases import (
     ENGINES,
     EOS,
     MODELS,
+    VOCABULARY,
     full_logps,
     generate,
     only,
@@ -84,12 +86,73 @@ def test_reported_logps_are_those_of_a_full_forward(make, name, temperature):
 
 
 @both
-def test_logps_are_of_the_whole_vocabulary_even_where_sampling_is_cut(make):
+def test_full_logps_are_of_the_whole_vocabulary_even_where_sampling_is_cut(make):
     model, asked = tiny(), requests(6, count=8)
-    sampling = Sampling(5, temperature=1.4, top_p=0.6, top_k=4, repetition_penalty=1.3)
+    sampling = Sampling(5, temperature=1.4, top_p=0.6, top_k=4, repetition_penalty=1.3, logps_support="full")
     for completion in make(model).generate(asked, sampling)[0]:
         expected = full_logps(model, asked[0].prompt.ids, completion.ids, temperature=1.4)
         torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=1e-5, atol=1e-5)
+        assert completion.support is None
+
+
+CUTS = [
+    {"top_p": 0.6},
+    {"top_k": 4},
+    {"min_p": 0.1},
+    {"typical_p": 0.5},
+    {"no_repeat_ngram_size": 1},
+    {"suppress_tokens": [7, 8]},
+    {"bad_words_ids": [[7]], "remove_invalid_values": True},
+    {"repetition_penalty": 1.6},
+    {"repetition_penalty": 1.3, "top_p": 0.8, "top_k": 12, "renormalize_logits": True},
+    {"min_new_tokens": 3, "forced_eos_token_id": EOS},
+]
+
+
+@both
+@pytest.mark.parametrize("options", CUTS, ids=lambda options: "+".join(options))
+def test_sampled_logps_are_of_what_transformers_processors_leave_and_say_what_that_is(make, options):
+    model, asked = tiny(), requests(6, count=6)
+    groups = make(model).generate(asked, Sampling(6, temperature=1.4, extra=options))
+    expected = step_scores(model, asked[0].prompt.ids, groups[0], temperature=1.4, **options)
+    cut = 0
+    for completion, scores in zip(groups[0], expected, strict=True):
+        every = scores.log_softmax(-1)
+        wanted = every.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logps), wanted, rtol=1e-5, atol=1e-5)
+        kept = scores > -1e30
+        cut += int((~kept).sum())
+        if completion.support is None:
+            assert kept.all()
+        else:
+            assert torch.equal(completion.support.members(VOCABULARY), kept)
+    assert (cut > 0) == (list(options) != ["repetition_penalty"])
+
+
+def step_scores(model, prompt, completions, **options):
+    """What transformers' generate makes of the logits before each token of given completions, [len(ids), V] each."""
+    config = GenerationConfig(
+        max_new_tokens=6, eos_token_id=EOS, pad_token_id=0, do_sample=True, **{"top_k": 0, **options}
+    )
+    config._eos_token_tensor = torch.tensor([EOS])
+    config.max_length = len(prompt) + 6
+    for completion in completions:
+        processors = model._get_logits_processor(config, input_ids_seq_length=len(prompt), device="cpu")
+        ids = torch.tensor([prompt + completion.ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0]
+        yield torch.stack([processors(ids[:, :n], logits[None, n - 1])[0] for n in range(len(prompt), ids.shape[1])])
+
+
+@both
+def test_logps_of_all_tokens_that_can_be_drawn_sum_to_one(make):
+    model, (prompt,) = tiny(), prompts(6)
+    groups = make(model).generate([Request(prompt, 1500, 0)], Sampling(1, temperature=1.4, top_p=0.8, top_k=7))
+    drawn = {completion.ids[0]: completion.logps[0] for completion in groups[0]}
+    members = groups[0][0].support.members(VOCABULARY)[0]
+    assert sorted(drawn) == members.nonzero().flatten().tolist()
+    assert 1 < len(drawn) <= 7
+    assert sum(map(math.exp, drawn.values())) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_both_engines_write_the_same_for_the_same_seeds():

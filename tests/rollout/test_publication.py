@@ -32,11 +32,11 @@ MODELS = {
 }
 
 
-def adapted(**options):
+def adapted(*, biases=False, **options):
     """An adapted model with adapters that do something."""
     torch.manual_seed(0)
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
-    policy = get_peft_model(tiny_model(), config)
+    policy = get_peft_model(tiny_model(attention_bias=biases, mlp_bias=biases), config)
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:
@@ -71,6 +71,10 @@ def test_persistent_buffers_come_along():
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+        {"biases": True, "bias": "lora_only"},
+        {"biases": True, "bias": "all", "target_modules": ["q_proj"]},
+        {"biases": True, "lora_bias": True},
+        {"biases": True, "lora_bias": True, "bias": "all", "target_modules": ["q_proj", "up_proj"]},
     ],
 )
 def test_adapters_are_merged_as_peft_merges_them_and_the_policy_stays_as_it_is(options):

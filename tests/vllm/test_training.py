@@ -68,7 +68,7 @@ def test_a_run_generates_with_the_weights_that_it_has(tmp_path, kind):
 
 
 def test_what_vllm_reports_is_what_the_trainer_computes(tmp_path):
-    run = trainer(tmp_path, small_policy(), temperature=0.8, top_p=0.9, logging_steps=1)
+    run = trainer(tmp_path, small_policy(), temperature=0.8, top_p=0.9, logps_support="full", logging_steps=1)
     run.train()
     logged = [entry for entry in run.state.log_history if any("sampling" in key for key in entry)]
     run.engine.close()
