@@ -24,8 +24,8 @@ class Shaping:
 
     def __getitem__(self, key: Any) -> "Shaping":
         """That of a part of the tokens."""
-        parts = (None if sets is None else sets[key] for sets in (self.support, self.seen))
-        return Shaping(*parts, self.penalty)
+        support, seen = (None if sets is None else sets[key] for sets in (self.support, self.seen))
+        return Shaping(support, seen, self.penalty)
 
     def slope(self, logits: Tensor) -> Tensor | None:
         """[N, V] what `apply_` multiplies the logits by before it cuts; None: 1."""

@@ -64,5 +64,5 @@ class CheckedEngine:
         except Exception as error:
             return f"its forward pass fails over the shared prefix ({type(error).__name__}: {error})"
         if not deviation <= tolerance:
-            return f"its logits deviate by {deviation:.2g} from those of the plain model, more than {tolerance:g}"
+            return f"its log-probs deviate by {deviation:.2g} nats from the plain model's, more than {tolerance:g}"
         return None

@@ -50,21 +50,18 @@ class SharedPrefixEngine:
         self.prefill_tokens = prefill_tokens
 
     def deviation(self, prompt: Sequence[int]) -> float:
-        """How far the logits of this engine's forward passes are from the model's own, relative to their spread.
+        """How far the next-token distributions of this engine's forward passes are from the model's own, in nats.
 
-        Reads the first half of (the beginning of) a prompt as a prompt, and the second half as two completions of it.
+        The expected distance of a token's log-probs, a mean over tokens.  Reads the first half of (the beginning of) a
+        prompt as a prompt, and the second half as two completions of it.
         """
         model = without_adapter_shell(self.policy())
         tokens = (list(prompt[:CHECKED]) * 4)[: max(4, min(len(prompt), CHECKED))]
         half = len(tokens) // 2
         with generating(model, autocast=self.autocast, gather=self.gather):
-            expected = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[
-                0, half - 1 :
-            ]
+            whole = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
             got = forced(model, tokens[:half], tokens[half:])
-        expected = expected.float()
-        centred = expected - expected.mean(-1, keepdim=True)
-        return float((got.float() - expected[:, None]).norm(dim=-1).max() / centred.norm(dim=-1).max())
+        return distance(whole[0, half - 1 :, None], got)
 
     def publish(self, version: int) -> None:
         """Nothing to do: the module is the trainer's own."""
@@ -104,6 +101,13 @@ def forced(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> torc
             outputs.append(packed_logits(model, cache, [token] * 2, [position] * 2))
             cache.end_step()
     return torch.stack(outputs)
+
+
+def distance(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Mean over tokens of sum_j p_j |log p_j - log q_j|, of logits [..., V] with p, as many or more of them with q."""
+    expected, got = expected.float().log_softmax(-1), got.float().log_softmax(-1)
+    gap = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - got).abs())
+    return float(gap.sum(-1).mean())
 
 
 def obstacle(model: Any, sampling: Sampling) -> str | None:

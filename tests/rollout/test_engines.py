@@ -9,10 +9,13 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
+from gmpo.rollout import shared_prefix_engine
 from gmpo.rollout.checked_engine import CheckedEngine
+from gmpo.rollout.decoder import packed_logits
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.engines import build_engine
 from gmpo.rollout.generate_engine import GenerateEngine
+from gmpo.rollout.prefix_cache import SharedPrefixCache
 from gmpo.rollout.prompts import PromptEncoder
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.shared_prefix_engine import SharedPrefixEngine, obstacle
@@ -357,6 +360,49 @@ def test_a_model_that_computes_something_else_over_the_shared_prefix_is_found_ou
         engine.generate(requests_of_words(), Sampling(4))
     assert isinstance(engine._chosen, GenerateEngine)
     assert "deviate" in caplog.text
+
+
+def shifted_positions(monkeypatch):
+    def packed(model, cache, ids, positions, **options):
+        moved = [position + (len(ids) == 2) for position in positions]
+        return packed_logits(model, cache, ids, moved, **options)
+
+    monkeypatch.setattr(shared_prefix_engine, "packed_logits", packed)
+
+
+def unseen_prompt_end(monkeypatch):
+    bias_of = SharedPrefixCache._prompt_bias
+
+    def shorter(cache, window, query):
+        span, bias = bias_of(cache, window, query)
+        return slice(span.start, span.stop - 1), None if bias is None else bias[..., :-1]
+
+    monkeypatch.setattr(SharedPrefixCache, "_prompt_bias", shorter)
+
+
+def unseen_first_token(monkeypatch):
+    bias_of = SharedPrefixCache._own_bias
+
+    def later(cache, window, query):
+        start, bias = bias_of(cache, window, query)
+        hidden = start + 1 if cache.column > start else start
+        return hidden, None if bias is None else bias[..., hidden - start :]
+
+    monkeypatch.setattr(SharedPrefixCache, "_own_bias", later)
+
+
+FAULTS = {"none": None, "positions": shifted_positions, "prompt": unseen_prompt_end, "token": unseen_first_token}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wrong_positions_and_masks_are_found_out_and_rounding_is_none(fault, dtype, monkeypatch):
+    if FAULTS[fault] is not None:
+        FAULTS[fault](monkeypatch)
+    model = tiny().to(dtype)
+    engine = CheckedEngine(shared(model), otherwise=generate(model))
+    engine.generate(requests(24, count=1), Sampling(1))
+    assert isinstance(engine._chosen, SharedPrefixEngine if fault == "none" else GenerateEngine)
 
 
 def test_shared_prefix_by_name_is_an_error_where_it_fails():

@@ -32,6 +32,7 @@ def run(make_trainer):
             "model": tiny_model(dtype=torch.float64, initializer_range=0.4),
             "vllm_importance_sampling_mode": "token_truncate",
             "max_steps": 1,
+            "zero_signal_groups": "keep",
             **options,
         }
         trainer = make_trainer(**options)
