@@ -11,7 +11,7 @@ from gmpo.rollout.inference import Autocast, generating, prompt_learning, withou
 from gmpo.rollout.prefix_cache import SharedPrefixCache, attention_over
 from gmpo.rollout.sampling import LOOP_OPTIONS, Sampler, ending, sampling_config
 
-CHECKED = 64  # prompt tokens of the check
+CHECKED = 64  # tokens of the check
 
 
 class SharedPrefixEngine:
@@ -52,12 +52,12 @@ class SharedPrefixEngine:
     def deviation(self, prompt: Sequence[int]) -> float:
         """How far the next-token distributions of this engine's forward passes are from the model's own, in nats.
 
-        The expected distance of a token's log-probs, a mean over tokens.  Reads the first half of (the beginning of) a
-        prompt as a prompt, and the second half as two completions of it.
+        The expected distance of a token's log-probs, a mean over tokens.  Of 64 tokens, the prompt over and over, the
+        first half is read as a prompt and the second as two completions of it.
         """
         model = without_adapter_shell(self.policy())
-        tokens = (list(prompt[:CHECKED]) * 4)[: max(4, min(len(prompt), CHECKED))]
-        half = len(tokens) // 2
+        tokens = (list(prompt) * CHECKED)[:CHECKED]
+        half = CHECKED // 2
         with generating(model, autocast=self.autocast, gather=self.gather):
             whole = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
             got = forced(model, tokens[:half], tokens[half:])
