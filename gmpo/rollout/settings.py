@@ -154,12 +154,11 @@ def check_support(settings: RolloutSettings) -> None:
     if settings.use_vllm and settings.vllm_structured_outputs_regex is not None:
         given["vllm_structured_outputs_regex"] = settings.vllm_structured_outputs_regex
         shaping.append("vllm_structured_outputs_regex")
-    silent = settings.use_vllm or settings.use_transformers_continuous_batching or settings.use_transformers_paged
-    refused = shaping if silent else [name for name in shaping if name in BENDING]
+    refused = shaping if settings.use_vllm else [name for name in shaping if name in BENDING]
     if refused:
         reason = (
-            f"{'vLLM' if settings.use_vllm else 'continuous batching'} does not report which tokens it drew from"
-            if silent
+            "vLLM does not report which tokens it drew from"
+            if settings.use_vllm
             else "it changes the logits of the tokens that can be drawn"
         )
         listed = ", ".join(f"{name}={given[name]!r}" for name in refused)

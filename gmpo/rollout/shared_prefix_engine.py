@@ -11,7 +11,7 @@ from gmpo.rollout.inference import Autocast, generating, prompt_learning, withou
 from gmpo.rollout.prefix_cache import SharedPrefixCache, attention_over
 from gmpo.rollout.sampling import LOOP_OPTIONS, Sampler, ending, sampling_config
 
-CHECKED = 64  # tokens of the check
+CHECKED = 24  # tokens of the check: the more there are, the less one that is unseen weighs
 
 
 class SharedPrefixEngine:
@@ -52,7 +52,7 @@ class SharedPrefixEngine:
     def deviation(self, prompt: Sequence[int]) -> float:
         """How far the next-token distributions of this engine's forward passes are from the model's own, in nats.
 
-        The expected distance of a token's log-probs, a mean over tokens.  Of 64 tokens, the prompt over and over, the
+        The expected distance of a token's log-probs, a mean over tokens.  Of some tokens, the prompt over and over, the
         first half is read as a prompt and the second as two completions of it.
         """
         model = without_adapter_shell(self.policy())

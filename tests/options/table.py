@@ -99,6 +99,7 @@ ROLLOUT: dict[str, Row] = {
     "max_completion_length": Acts(3, o.longest, to=3),
     "temperature": Acts(0.2, o.completions),
     "top_p": Acts(0.3, o.completions),
+    "logps_support": Acts("full", o.weights, given={"top_k": 8}),
     "top_k": Acts(1, lambda run: len({tuple(ids) for ids in o.completions(run)[:4]}), to=1),
     "min_p": Acts(0.9, o.completions),
     "repetition_penalty": Acts(5.0, o.completions),
