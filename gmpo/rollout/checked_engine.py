@@ -13,7 +13,8 @@ from gmpo.rollout.shared_prefix_engine import SharedPrefixEngine, obstacle
 logger = logging.getLogger(__name__)
 
 # Largest mean distance of log-probs, in nats, between the shared-prefix engine and the plain model.  A mean over tokens
-# and, by probability, over the vocabulary: one logit that rounding has moved far does not weigh.
+# and, by probability, over the vocabulary: one logit that rounding has moved far does not weigh.  In bfloat16 rounding
+# makes 0.06 on a model of 135M; in float32 it makes 1e-5, and faults that small are found there alone.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 0.1
 
