@@ -26,7 +26,7 @@ from gmpo.rollout.prompts import ending_tokens, padding_token
 from gmpo.rollout.shared_prefix_engine import SharedPrefixEngine
 from gmpo.types import Prompt
 
-CASES = ((2, 50, 8), (8, 200, 8), (1, 512, 16))  # prompts, about how many tokens of each, completions of each
+CASES = ((2, 50, 8), (8, 200, 8))  # prompts, about how many tokens of each, completions of each
 SIDES = ("gmpo", "generate")
 
 
