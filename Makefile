@@ -59,7 +59,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.rollout --label short --rounds 1
 	$(BIN)/python -m benchmarks.step --label short --rounds 2 --prompt-tokens 50
 
-lint: $(VENV)/ready
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -170,7 +170,7 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        widths = [inner.out_features for inner in self.module.modules() if hasattr(inner, "out_features")]
+        widths = [cast(int, inner.out_features) for inner in self.module.modules() if hasattr(inner, "out_features")]
         return max(widths or [len(parameter) for parameter in self.module.parameters()])
 
 

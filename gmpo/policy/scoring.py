@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -190,7 +190,7 @@ def _call(
         return _Zeros.apply(values)
 
     recording = nullcontext([]) if routed is None else recorded_routers(model)
-    with replaced(run.head.module, forward), recording as routers:
+    with replaced(run.head.module, cast(Any, forward)), recording as routers:
         logits = model(**_model_inputs(model, run.layout), use_cache=False).logits
     values = results[0]
     if torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 from transformers.generation import logits_process
 
 from gmpo.rollout.draft import Draft, Ending
@@ -170,10 +170,10 @@ class Sampler:
         self.config._eos_token_tensor = torch.tensor(config.eos_token_id, device=device)  # type: ignore[attr-defined]
         self.temperature = float(config.temperature or 1.0)
         self.greedy = not config.do_sample
-        self._processors: dict[int, LogitsProcessorList] = {}
+        self._processors: dict[int, Any] = {}  # LogitsProcessorLists, whose types know no plain tensors
         shared = self._for_prompt(1)
         self.plain = all(isinstance(p, logits_process.TemperatureLogitsWarper) for p in shared)
-        self.blind = shared if all(isinstance(p, BLIND_PROCESSORS) for p in shared) else None
+        self.blind: Any = shared if all(isinstance(p, BLIND_PROCESSORS) for p in shared) else None
 
     @torch.no_grad()
     def choose(self, logits: Tensor, rows: Sequence[Draft]) -> Choice:
@@ -217,7 +217,7 @@ class Sampler:
             result[index] = self._for_prompt(prompt_length)(ids, scores[index])
         return result
 
-    def _for_prompt(self, prompt_length: int) -> LogitsProcessorList:
+    def _for_prompt(self, prompt_length: int) -> Any:
         if prompt_length not in self._processors:
             self.config.max_length = prompt_length + (self.config.max_new_tokens or 0)
             self._processors[prompt_length] = self.model._get_logits_processor(
