@@ -206,7 +206,8 @@ class GRPOTrainer(Trainer):
             else None
         )
         # the Trainer's own context of mixed precision is empty: accelerate puts it around the forward pass
-        self.engine = build_engine(args, self.unwrapped_policy, self.encoder, autocast=self.accelerator.autocast)
+        autocast: Any = self.accelerator.autocast
+        self.engine = build_engine(args, self.unwrapped_policy, self.encoder, autocast=autocast)
         self.completion_log = CompletionLog(
             args,
             args.output_dir,

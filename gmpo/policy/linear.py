@@ -52,7 +52,8 @@ def serves(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN takes the product of these two."""
     alike = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
     dense = right.is_contiguous() or right.t().is_contiguous()
-    return alike and dense and right.numel() >= SMALLEST and left.numel() > 0 and torch.backends.mkldnn.enabled
+    worthwhile = right.numel() >= SMALLEST and left.numel() > 0
+    return alike and dense and worthwhile and bool(torch.backends.mkldnn.enabled)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
