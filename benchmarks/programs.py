@@ -192,10 +192,9 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
     trainer.current_gradient_accumulation_steps = 1
     wrapped = trainer.accelerator.prepare_model(trainer.model)
     whole = gmpo_inputs({name: value.to(trainer.args.device) for name, value in load_file(batch).items()})
-    parts = [
-        MicroBatch(whole.batch.rows(index), whole.denominators)
-        for index in torch.arange(len(whole.batch), device=trainer.args.device).split(rows)
-    ]
+    micro_batches = list(torch.arange(len(whole.batch)).split(rows))
+    micro_batches = trainer._carrying_together(micro_batches, whole.batch, first=len(micro_batches))
+    parts = [MicroBatch(whole.batch.rows(index), whole.denominators) for index in micro_batches]
     while channel.receive() is not None:
         start = clock()
         loss = sum(trainer.training_step(wrapped, part) for part in parts)

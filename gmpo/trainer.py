@@ -27,7 +27,7 @@ from transformers import (
 from gmpo import distributed
 from gmpo.collect import Collection, Collector
 from gmpo.config import GMPOConfig, GRPOConfig
-from gmpo.data.micro_batches import mixed_seed, split_into_micro_batches
+from gmpo.data.micro_batches import carrying_together, mixed_seed, split_into_micro_batches
 from gmpo.data.sampler import CollectionPlan, CollectionSampler, EvalSampler, KeyedRows, Rows, StreamedRows, as_rows
 from gmpo.data.spare import SpareRows
 from gmpo.objective.entropy import EntropyController
@@ -352,15 +352,30 @@ class GRPOTrainer(Trainer):
         slices = split_into_micro_batches(
             collection.batch.group, rows=args.per_device_train_batch_size, passes=args.num_iterations, seed=seed
         )[rows.position :]
+        slices = self._carrying_together(slices, batch, first=remaining)
         if self.reference is not None:
             self.collector.add_reference(self.reference, self.model_wrapped, batch)
         moved = slices[remaining:]
         if moved:
-            self.collector.add_old(self.model_wrapped, batch, torch.unique(torch.cat(moved)))
+            later = torch.unique(torch.cat(moved))
+            if self._skips_silent_rows and distributed.world_size() == 1:  # ranks must run the model equally often
+                later = later[carries_signal(batch)[later]]
+            self.collector.add_old(self.model_wrapped, batch, later)
         parts = [batch.rows(index) for index in slices]
         for part in parts[:remaining]:
             part.old_logps = None  # the policy has not moved yet: its own log-probs are the old ones
         self._pending = parts
+
+    def _carrying_together(self, slices: list[Tensor], batch: Batch, *, first: int) -> list[Tensor]:
+        """Micro-batches without a row to skip, where that is exact, and others with nothing to do.
+
+        It is not where a micro-batch has a denominator or a threshold of its own.
+        """
+        args = self.args
+        own = args.top_entropy_quantile < 1.0 or (args.algorithm == "grpo" and args.loss_type == "bnpo")
+        if own or not self._skips_silent_rows:
+            return slices
+        return carrying_together(slices, carries_signal(batch), first=first, window=args.gradient_accumulation_steps)
 
     def _denominators(self, batches: list[Batch]) -> list[Denominators]:
         counts = torch.tensor(
@@ -522,7 +537,7 @@ class GRPOTrainer(Trainer):
         everything = torch.arange(len(batch))
         if not self._skips_silent_rows:
             return everything, True
-        carrying = ((batch.advantages != 0) & batch.mask.any(1)).cpu().nonzero().flatten()
+        carrying = carries_signal(batch).nonzero().flatten()
         others_wait = distributed.world_size() > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
         return (carrying, True) if len(carrying) or not others_wait else (everything[:1], False)
 
@@ -764,6 +779,11 @@ class BetweenSteps(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._pending = []
         self.trainer.completion_log.close()
+
+
+def carries_signal(batch: Batch) -> Tensor:
+    """[B] bool, on the CPU: rows whose policy gradient is not 0."""
+    return ((batch.advantages != 0) & batch.mask.any(1)).cpu()
 
 
 def objective_inputs(batch: Batch, scores: Scores, select: Tensor) -> ObjectiveInputs:

@@ -30,6 +30,24 @@ def split_into_micro_batches(group: Tensor, *, rows: int, passes: int, seed: int
     return micro_batches
 
 
+def carrying_together(micro_batches: list[Tensor], carrying: Tensor, *, first: int, window: int) -> list[Tensor]:
+    """The micro-batches of each optimizer step with their carrying rows moved into as few of them as possible.
+
+    Args:
+        micro_batches: Row indices [b] each.
+        carrying: [N] bool, rows that can move the policy.
+        first: How many micro-batches belong to the first optimizer step.
+        window: How many belong to each later one.
+    """
+    result: list[Tensor] = []
+    while len(result) < len(micro_batches):
+        part = micro_batches[len(result) : len(result) + (window if result else first)]
+        rows = torch.cat(part)
+        rows = torch.cat([rows[carrying[rows]], rows[~carrying[rows]]])
+        result += rows.split([len(micro_batch) for micro_batch in part])
+    return result
+
+
 def mixed_seed(*parts: int) -> int:
     """One seed in [0, 2**63) out of several numbers; other numbers give an unrelated stream."""
     state = 0x9E3779B97F4A7C15

@@ -89,6 +89,37 @@ def test_groups_without_signal_are_skipped_with_the_same_update(make_trainer, we
         torch.testing.assert_close(results["skip"][name], value, rtol=1e-9, atol=1e-12)
 
 
+def test_rows_with_a_signal_share_the_passes_of_an_optimizer_step(make_trainer, weights):
+    def reward(prompts, completions, **columns):  # every other prompt has no signal
+        return [0.5 if len(p.split()) == 1 else s for p, s in zip(prompts, share_of_a(completions), strict=True)]
+
+    results, passes = {}, {}
+    for mode in ("skip", "keep"):
+        trainer = make_trainer(
+            reward_funcs=reward,
+            model=tiny_model(dtype=torch.float64),
+            zero_signal_groups=mode,
+            gradient_accumulation_steps=4,
+            steps_per_generation=4,
+            train_dataset=Dataset.from_list([{"prompt": "a"}, {"prompt": "a b c"}] * 4),
+            max_steps=1,
+        )
+        passes[mode] = 0
+        loss = trainer.scorer.loss
+
+        def counted(*args, mode=mode, loss=loss, **keywords):
+            passes[mode] += 1
+            return loss(*args, **keywords)
+
+        trainer.scorer.loss = counted
+        trainer.train()
+        results[mode] = weights(trainer.model)
+    # four micro-batches of two groups each; the four groups that have a signal fill two of them
+    assert passes == {"keep": 4, "skip": 2}
+    for name, value in results["keep"].items():
+        torch.testing.assert_close(results["skip"][name], value, rtol=1e-6, atol=1e-8)  # Llama norms in float32
+
+
 def test_without_any_signal_the_weights_stay_and_nothing_is_nan(make_trainer, weights):
     trainer = make_trainer(reward_funcs=lambda completions, **columns: [1.0] * len(completions))
     before = weights(trainer.model)
