@@ -24,6 +24,14 @@ class Reward:
         return [float(prompt.startswith("c") and i % 2) for i, prompt in enumerate(prompts)]
 
 
+def trained_batches(trainer):
+    """Train; the batch of each micro-step."""
+    batches, step = [], trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: batches.append(inputs.batch) or step(model, inputs, *rest)
+    trainer.train()
+    return batches
+
+
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -38,10 +46,7 @@ def test_prompts_without_signal_make_room_for_others(make_trainer):
         max_resamples=8,
         max_steps=1,
     )
-    trained = []
-    step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *rest: trained.append(inputs.batch) or step(model, inputs, *rest)
-    trainer.train()
+    trained = trained_batches(trainer)
     assert reward.prompts[0] == [row["prompt"] for row in DULL[:4] for _ in range(4)]
     (batch,) = trained
     assert all(len(set(rows.tolist())) == 2 for rows in batch.advantages.view(-1, 4))  # every group has a signal
@@ -118,8 +123,5 @@ def test_advantages_are_those_of_the_rows_that_are_trained_on(make_trainer):
         max_resamples=8,
         max_steps=1,
     )
-    trained = []
-    step = trainer.training_step
-    trainer.training_step = lambda model, inputs, *rest: trained.append(inputs.batch) or step(model, inputs, *rest)
-    trainer.train()
+    trained = trained_batches(trainer)
     torch.testing.assert_close(trained[0].advantages.view(-1, 4).abs(), torch.full((2, 4), 0.5))
