@@ -428,17 +428,17 @@ class GRPOTrainer(Trainer):
 
     def _make_room(self, error: Exception, batch: Batch) -> None:
         """Halve the chunks; raise `error` where that can't help."""
-        chunks = self._chunks(batch, torch.arange(len(batch)))
-        largest = max(chunks, key=lambda rows: self.scorer.tokens(batch.rows(rows)))
         if distributed.world_size() > 1:  # the others are past a collective, or wait in one
             error.add_note(
                 "Set max_tokens_per_chunk to bound the memory; with one process gmpo finds the bound itself."
             )
             raise error
+        chunks = (batch.rows(rows) for rows in self._chunks(batch, self._rows_with_gradient(batch)[0]))
+        largest = max(chunks, key=self.scorer.tokens)
         if len(largest) == 1:
             error.add_note("A single completion with its prompt does not fit. Lower max_completion_length.")
             raise error
-        tokens = self.scorer.tokens(batch.rows(largest))
+        tokens = self.scorer.tokens(largest)
         self.max_tokens_per_chunk = tokens // 2
         warnings.warn(
             f"Out of memory in a chunk of {tokens} tokens: the step is repeated with at most {tokens // 2}. Set "

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.policy.cases import make_batch
 from tests.tiny import tiny_model
 
 
@@ -62,3 +63,14 @@ def test_a_completion_that_does_not_fit_alone_is_an_error(make_trainer, weights)
     with pytest.raises(torch.OutOfMemoryError) as caught, pytest.warns(UserWarning):
         run(make_trainer, weights, tokens=1)
     assert any("Lower max_completion_length" in note for note in caught.value.__notes__)
+
+
+def test_of_several_ranks_none_starts_a_collective_where_its_memory_runs_out(make_trainer, monkeypatch):
+    trainer, met = make_trainer(), []
+    monkeypatch.setattr("gmpo.trainer.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("gmpo.trainer.distributed.reduced", lambda *given: met.append(given) or torch.ones(()))
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer._make_room(torch.OutOfMemoryError("no room"), make_batch())
+    assert any("Set max_tokens_per_chunk" in note for note in caught.value.__notes__)
+    assert met == []
