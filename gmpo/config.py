@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from gmpo.arguments import check_arguments, check_device
-from gmpo.data.settings import DataSettings
+from gmpo.data.settings import DataSettings, Resolved, given_size
 from gmpo.objective.family import check_objective
 from gmpo.objective.settings import ObjectiveSettings
 from gmpo.options import advice, check_options, option, parse_dicts
@@ -49,6 +49,9 @@ class GRPOConfig(
     DataSettings, RolloutSettings, RewardSettings, PolicySettings, ObjectiveSettings, ReportSettings, TrainingArguments
 ):
     """Every option of GRPOTrainer.  `docs/configuration.md` lists them with defaults and meanings.
+
+    Of generation_batch_size and steps_per_generation, one that was not given follows from the rest, and does so again
+    in a copy made by `dataclasses.replace`.
 
     Raises:
         ValueError: For an unknown option, an illegal value, or sizes that do not divide.
@@ -115,11 +118,6 @@ class GRPOConfig(
     # -- what one stage alone can't know ------------------------------------------------------------------------------
 
     def _check_combinations(self) -> None:
-        if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} and "
-                f"steps_per_generation={self.steps_per_generation} say the same thing twice. Keep one of them."
-            )
         if self.max_resamples != 3 and self.zero_signal_groups != "resample":
             raise ValueError(
                 f"max_resamples={self.max_resamples} would do nothing with zero_signal_groups="
@@ -150,18 +148,15 @@ class GRPOConfig(
     def _resolve_sizes(self) -> None:
         """Settle generation_batch_size and steps_per_generation, and see that groups and micro-batches divide."""
         per_step = self.per_device_train_batch_size * self.world_size
-        if self.generation_batch_size is not None:
-            if self.generation_batch_size % per_step:
-                raise ValueError(
-                    f"generation_batch_size={self.generation_batch_size} can't be cut into micro-batches of {per_step} "
-                    f"rows (per_device_train_batch_size={self.per_device_train_batch_size} on {self.world_size} "
-                    f"process(es)). "
-                    f"Use a multiple of {per_step}: {nearest_multiples(self.generation_batch_size, per_step)}."
-                )
-            self.steps_per_generation = self.generation_batch_size // per_step
+        rows = given_size(self.generation_batch_size, self.steps_per_generation)
+        steps = given_size(self.steps_per_generation, self.generation_batch_size)
+        if rows is not None:
+            self._check_rows(rows, steps, per_step=per_step)
+        if rows is not None and steps is None:
+            self.generation_batch_size, self.steps_per_generation = rows, Resolved(rows // per_step)
         else:
-            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
-            self.generation_batch_size = per_step * self.steps_per_generation
+            self.steps_per_generation = steps or Resolved(self.gradient_accumulation_steps)
+            self.generation_batch_size = Resolved(per_step * self.steps_per_generation)
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
                 f"A collection of generation_batch_size={self.generation_batch_size} rows (per_device_train_batch_size="
@@ -171,6 +166,24 @@ class GRPOConfig(
                 f"{nearest_multiples(self.generation_batch_size, self.num_generations)}."
             )
         self._check_eval_sizes()
+
+    def _check_rows(self, rows: int, steps: int | None, *, per_step: int) -> None:
+        """See that `rows` per collection are whole micro-batches, and as many as `steps` if that is given."""
+        shares = f"per_device_train_batch_size={self.per_device_train_batch_size} on {self.world_size} process(es)"
+        if steps is not None and rows != steps * per_step:
+            raise ValueError(
+                f"generation_batch_size={rows} and steps_per_generation={steps} contradict each other: {steps} "
+                f"micro-batches of {per_step} rows ({shares}) are {steps * per_step}. Keep one of them."
+            )
+        if rows % per_step:
+            raise ValueError(
+                f"generation_batch_size={rows} can't be cut into micro-batches of {per_step} rows ({shares}). "
+                f"Use a multiple of {per_step}: {nearest_multiples(rows, per_step)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`; sizes are plain numbers, whether given or worked out."""
+        return {name: int(value) if isinstance(value, Resolved) else value for name, value in super().to_dict().items()}
 
     def _check_eval_sizes(self) -> None:
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":

@@ -1,7 +1,9 @@
 """The configuration: names and defaults of the documented interface, legal values, batch arithmetic."""
 
+import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,7 @@ ILLEGAL = [
     ({"disable_dropout": "yes"}, "disable_dropout='yes' .*True or False"),
     ({"model_init_kwargs": "{bad"}, "model_init_kwargs='{bad'"),
     ({"chat_template_kwargs": 3}, "chat_template_kwargs=3 .*dict"),
-    ({"steps_per_generation": 2, "generation_batch_size": 16}, "say the same thing twice"),
+    ({"steps_per_generation": 2, "generation_batch_size": 24}, "generation_batch_size=24 and .*=2 contradict.* are 16"),
     ({"generation_batch_size": 12}, "generation_batch_size=12 .*8 or 16"),
     ({"num_generations": 3}, "num_generations=3.*6 or 9"),
     ({"sync_ref_model": True}, "sync_ref_model=True needs a reference.*beta above 0"),
@@ -176,6 +178,65 @@ def test_batch_arithmetic(make, options, steps, rows, prompts):
     assert config.generation_batch_size == rows
     assert config.prompts_per_collection == prompts
     assert config.rows_per_rank == rows
+
+
+SIZES = ("steps_per_generation", "generation_batch_size")
+COPIES = {
+    "itself": lambda config: config,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda config: pickle.loads(pickle.dumps(config)),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "steps", "rows"),
+    [
+        # neither size given: gradient_accumulation_steps micro-batches of 8 rows
+        ({}, {"learning_rate": 1e-5}, 1, 8),
+        ({}, {"per_device_train_batch_size": 16}, 1, 16),
+        ({}, {"gradient_accumulation_steps": 3}, 3, 24),
+        ({}, {"generation_batch_size": 32}, 4, 32),
+        ({}, {"steps_per_generation": 4}, 4, 32),
+        # one given: it stays, and the other follows
+        ({"generation_batch_size": 32}, {"learning_rate": 1e-5}, 4, 32),
+        ({"generation_batch_size": 32}, {"per_device_train_batch_size": 4}, 8, 32),
+        ({"generation_batch_size": 32}, {"generation_batch_size": 64}, 8, 64),
+        ({"steps_per_generation": 4}, {"learning_rate": 1e-5}, 4, 32),
+        ({"steps_per_generation": 4}, {"per_device_train_batch_size": 4, "num_generations": 4}, 4, 16),
+        # equal to what would have been worked out before the change, but given
+        ({}, {"per_device_train_batch_size": 4, "generation_batch_size": 8}, 2, 8),
+        # back to the default
+        ({"steps_per_generation": 4}, {"steps_per_generation": None, "generation_batch_size": None}, 1, 8),
+        # the same thing twice is no contradiction, and the steps are what was given
+        ({"steps_per_generation": 4, "generation_batch_size": 32}, {"per_device_train_batch_size": 4}, 4, 16),
+    ],
+)
+@pytest.mark.parametrize("copied", COPIES, ids=COPIES)
+def test_a_replaced_option_wins_over_sizes_that_were_worked_out(make, options, changes, steps, rows, copied):
+    config = dataclasses.replace(COPIES[copied](make(**options)), **changes)
+    assert (config.steps_per_generation, config.generation_batch_size) == (steps, rows)
+    for name in changes.keys() - SIZES:
+        assert getattr(config, name) == changes[name]
+
+
+def test_a_replaced_size_that_contradicts_a_given_one_is_refused(make):
+    with pytest.raises(ValueError, match="generation_batch_size=64 and steps_per_generation=4 contradict"):
+        dataclasses.replace(make(steps_per_generation=4), generation_batch_size=64)
+
+
+def test_a_size_taken_from_another_config_is_given(make):
+    other = make(gradient_accumulation_steps=4)  # 32 rows
+    assert make(generation_batch_size=other.generation_batch_size).steps_per_generation == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_generation": 4}, {"generation_batch_size": 32}], ids=str)
+@pytest.mark.parametrize("written", [dict, lambda values: json.loads(json.dumps(values))], ids=["dict", "json"])
+def test_a_config_can_be_made_of_what_to_dict_says(make, options, written):
+    config = make(temperature=0.7, warmup_ratio=0.1, scale_rewards=False, eval_strategy="steps", **options)
+    values = config.to_dict()
+    assert {type(values[name]) for name in SIZES} == {int}
+    assert GMPOConfig(**written(values)).to_dict() == values
 
 
 def test_the_clip_window_is_inert_with_one_optimizer_step_per_collection(make):

@@ -32,3 +32,18 @@ class DataSettings:
         choices=("skip", "keep", "resample"),
     )
     max_resamples: int = option(3, "With zero_signal_groups='resample': further draws per collection, at most.", low=1)
+
+
+class Resolved(int):
+    """A size that was worked out of other options, since none was given."""
+
+
+def given_size(size: int | None, other: int | None) -> int | None:
+    """What the user has given of two sizes that follow from each other; None: nothing.
+
+    A size that was worked out stands in a config together with the `other` one, and `dataclasses.replace` passes both
+    on.  Alone it can only come from the user's hand.
+    """
+    if size is None or (isinstance(size, Resolved) and other is not None):
+        return None
+    return int(size)
