@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.options import advice, check_options, declared_type, option
@@ -26,6 +26,11 @@ PEER_NAMES = {  # what the same option is called in TRL's scripts
     "dtype": "model_init_kwargs",
     "attn_implementation": "model_init_kwargs",
 }
+BOOLEAN_OR_TEXT = (
+    "scale_rewards",
+    "fsdp",
+    "include_num_input_tokens_seen",
+)  # where true and false are words too
 
 
 @dataclass
@@ -111,6 +116,9 @@ class FlagParser(HfArgumentParser):
             action.default, action.required = argparse.SUPPRESS, False
             if "dict" in str(action.type) or "Config" in str(action.type):
                 action.type = str  # JSON, which the config reads
+            if action.type is string_to_bool or action.dest in BOOLEAN_OR_TEXT:
+                action.type = boolean_or_text if action.dest in BOOLEAN_OR_TEXT else boolean
+                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> Any:
         raise ValueError(f"{message.rstrip('.')}.")
@@ -124,8 +132,22 @@ def script_argument(name: str) -> dict[str, Any]:
     """How argparse takes an option of ScriptOptions."""
     declared = str(ScriptOptions.__annotations__[name])
     if "bool" in declared:
-        return {"action": "store_true"}
+        return {"type": string_to_bool}
     return {"nargs": "+", "action": "extend", "type": str} if declared.startswith("list") else {"type": str}
+
+
+def boolean(text: str) -> bool:
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        raise ValueError("use true or false") from None
+
+
+def boolean_or_text(text: str) -> bool | str:
+    try:
+        return boolean(text)
+    except ValueError:
+        return text
 
 
 def parse_flags(arguments: Sequence[str], config_class: type[GRPOConfig]) -> dict[str, Any]:

@@ -8,18 +8,25 @@ import yaml
 
 from gmpo.cli.parse import ScriptOptions
 from gmpo.config import GRPOConfig, changed_options
+from gmpo.data.settings import Resolved
+from gmpo.objective.check import unread_options
 
-# what a config file may not say beside the rest: sizes that follow from others, secrets, notes of the config's own
-NOT_TO_REPEAT = ("generation_batch_size", "hub_token", "_n_gpu")
+# what a config file may not say beside the rest: secrets, notes of the config's own
+NOT_TO_REPEAT = {"hub_token", "_n_gpu"}
 
 
 def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> str:
     """The resolved options as YAML, those that differ from the defaults first, and the batch arithmetic.
 
+    As a config file it asks for the same run.  Options of other objectives and sizes that follow from others are
+    left out.
+
     Args:
         num_prompts: Rows of the training set; None: a stream.
     """
-    values = {name: value for name, value in config.to_dict().items() if name not in NOT_TO_REPEAT}
+    left_out = NOT_TO_REPEAT | unread_options(config, algorithm=config.algorithm)
+    left_out |= {name for name, value in vars(config).items() if isinstance(value, Resolved)}
+    values = {name: value for name, value in config.to_dict().items() if name not in left_out}
     changed = changed_options(config).keys() | {"output_dir"}
     own = {name: value for name, value in vars(script).items() if value is not None and name != "dry_run"}
     first = {name: value for name, value in values.items() if name in changed}
@@ -28,7 +35,7 @@ def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> 
         [
             "# what to train, and what differs from the defaults",
             as_yaml(own | first),
-            "# everything else",
+            "# everything else; options of other objectives are left out",
             as_yaml(rest),
             "# the arithmetic",
             *arithmetic(config, num_prompts),

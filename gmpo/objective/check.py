@@ -55,17 +55,33 @@ def numbers_are_finite(settings: ObjectiveSettings, name: str) -> Iterator[str]:
 
 def options_are_read(settings: ObjectiveSettings, name: str) -> Iterator[str]:
     """Options of other members are left at their defaults."""
-    readers: dict[str, list[str]] = {}
-    for reader, member in FAMILY.items():
-        for option in member.options:
-            readers.setdefault(option, []).append(reader)
-    readers["mean_power_final"] = readers["mean_power"]
+    readers = readers_of_options()
     for option, (value, default) in changed_options(settings).items():
         if name not in readers.get(option, name):
             yield (
                 f"{option}={value!r} does nothing for the objective {name!r}. "
                 f"Leave it at {default!r}, or train one that reads it: {', '.join(readers[option])}."
             )
+
+
+def readers_of_options() -> dict[str, list[str]]:
+    """option -> names of the members that read it, for every option that a surrogate reads."""
+    readers: dict[str, list[str]] = {}
+    for reader, member in FAMILY.items():
+        for option in member.options:
+            readers.setdefault(option, []).append(reader)
+    return {**readers, "mean_power_final": readers["mean_power"]}
+
+
+def unread_options(settings: ObjectiveSettings, *, algorithm: str) -> set[str]:
+    """Options that the objective does not read, whatever they are set to.
+
+    Args:
+        algorithm: "gmpo" or "grpo", as for `objective_from`.
+    """
+    name = member_name(settings, algorithm=algorithm)
+    unread = {option for option, members in readers_of_options().items() if name not in members}
+    return unread | {"loss_type"} if algorithm == "gmpo" else unread
 
 
 def options_have_their_switch(settings: ObjectiveSettings, name: str) -> Iterator[str]:

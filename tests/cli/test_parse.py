@@ -1,8 +1,9 @@
 import math
+from typing import get_type_hints
 
 import pytest
 
-from gmpo.cli.parse import parse, read_yaml
+from gmpo.cli.parse import ScriptOptions, parse, parse_flags, read_yaml
 from gmpo.config import GMPOConfig, GRPOConfig
 
 BASICS = ("--model", "org/tiny", "--dataset", "rows.jsonl")
@@ -28,6 +29,44 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(config_file):
 def test_a_flag_may_be_written_with_dashes_or_an_equals_sign():
     _, config = parse([*BASICS, "--num-generations=4", "--learning-rate", "2e-5"])
     assert (config.num_generations, config.learning_rate) == (4, 2e-5)
+
+
+BOOLEANS = sorted(
+    name
+    for owner in (GMPOConfig, ScriptOptions)
+    for name, declared in get_type_hints(owner).items()
+    if declared in (bool, bool | None)
+)
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_every_boolean_takes_a_value_or_is_true_alone(name):
+    flag = f"--{name}"
+    for arguments, value in (([], True), (["true"], True), (["yes"], True), (["false"], False), (["0"], False)):
+        assert parse_flags([flag, *arguments], GMPOConfig) == {name: value}
+    assert parse_flags([flag, "--seed", "3"], GMPOConfig) == {name: True, "seed": 3}
+    with pytest.raises(ValueError, match=f"--{name}.*invalid boolean value: 'maybe'"):
+        parse_flags([flag, "maybe"], GMPOConfig)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("scale_rewards", "false", "none"),
+        ("scale_rewards", "batch", "batch"),
+        ("include_num_input_tokens_seen", "non_padding", "non_padding"),
+        ("include_num_input_tokens_seen", "true", "all"),
+    ],
+)
+def test_an_option_of_booleans_and_words_takes_both_as_a_flag_and_in_the_file(config_file, name, text, value):
+    of_flag, of_file = ["--" + name, text], ["--config", config_file(f"{name}: '{text}'")]
+    for arguments in (of_flag, of_file):
+        assert getattr(parse([*BASICS, "--use_cpu", *arguments])[1], name) == value
+
+
+def test_a_word_for_a_boolean_in_the_file_is_refused(config_file):
+    with pytest.raises(ValueError, match=r"bf16='maybe' in .*run.yaml is no boolean: use true or false"):
+        parse([*BASICS, "--config", config_file("bf16: maybe")])
 
 
 def test_the_algorithm_decides_the_config_wherever_it_is_given(config_file):

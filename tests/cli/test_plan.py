@@ -5,7 +5,7 @@ import yaml
 
 from gmpo.cli.parse import ScriptOptions
 from gmpo.cli.plan import arithmetic, plan, total_steps
-from gmpo.config import GMPOConfig
+from gmpo.config import GMPOConfig, GRPOConfig
 
 
 @pytest.fixture
@@ -31,6 +31,30 @@ def test_what_differs_from_the_defaults_comes_first(config):
     assert "model: m" in first
     assert "top_p: 1.0" not in first
     assert "top_p: 1.0" in rest
+
+
+def test_only_options_of_the_objective_are_printed(config, tmp_path):
+    script = ScriptOptions(model="m", dataset="d")
+    gmpo = yaml.safe_load(plan(script, config(loss_type="gmpo", mean_power=-1.0), 8)).keys()
+    assert {"epsilon", "delta", "mean_power", "mean_power_final", "importance_sampling_level", "beta"} <= gmpo
+    assert not gmpo & {"loss_type", "sapo_temperature_neg", "vespo_k_pos"}
+    sapo = yaml.safe_load(plan(script, GRPOConfig(str(tmp_path), loss_type="sapo", use_cpu=True), 8)).keys()
+    assert {"loss_type", "sapo_temperature_neg", "beta"} <= sapo
+    assert not sapo & {"epsilon", "delta", "mean_power", "mean_power_final", "vespo_k_pos"}
+
+
+@pytest.mark.parametrize(
+    ("options", "printed"),
+    [
+        ({}, {}),
+        ({"steps_per_generation": 4}, {"steps_per_generation": 4}),
+        ({"generation_batch_size": 32}, {"generation_batch_size": 32}),
+    ],
+    ids=str,
+)
+def test_of_the_sizes_those_that_were_given_are_printed(config, options, printed):
+    shown = yaml.safe_load(plan(ScriptOptions(model="m", dataset="d"), config(**options), 8))
+    assert {name: shown[name] for name in shown.keys() & {"steps_per_generation", "generation_batch_size"}} == printed
 
 
 def test_a_secret_is_not_printed(config):
