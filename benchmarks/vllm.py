@@ -8,6 +8,7 @@ is made of all that is there: engines may run one by one.
 """
 
 import argparse
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -39,6 +40,7 @@ FLAGS = {
     ],
     "server": ["--use_vllm", "true", "--vllm_mode", "server"],
 }
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 PARTS = ("generate", "publish", "old_logps", "learn", "reward", "other")
 
 Result = dict[str, Any]
@@ -80,7 +82,7 @@ def run(engine: str, model: Path, folder: Path, args: argparse.Namespace) -> Res
     command += ["--seed", str(args.seed), *precision, *FLAGS[engine]]
     with server(model, dtype, folder) if engine == "server" else nullcontext([]) as address:
         start = time.perf_counter()
-        subprocess.run([*command, *address], check=True)
+        subprocess.run([*command, *address], check=True, preexec_fn=end_with_parent)
         seconds = time.perf_counter() - start
     answers = demo.greedy_answers(folder, [problem["prompt"] for problem in measured])
     shares = demo.rates(answers, measured)
@@ -95,12 +97,17 @@ def server(model: Path, dtype: str, folder: Path) -> Iterator[list[str]]:
         port = it.getsockname()[1]
     command = [*(sys.executable, "-m", "gmpo.cli", "serve", str(model), "--port", str(port), "--dtype", dtype), *SERVER]
     with open(folder / "server.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent)
     try:
         yield ["--vllm_server_port", str(port), "--vllm_server_timeout", str(STARTING)]
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
+
+
+def end_with_parent() -> None:
+    """For a child before it becomes its program: it gets SIGTERM when its parent ends, even if that was killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def logged(folder: Path) -> Result:
