@@ -186,14 +186,17 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
         batch: Safetensors file: "prompts" [groups, P], "completions" [B, T] padded with 0, "lengths" [B], "advantages"
             [B]; rows of a group are contiguous.
     """
-    from gmpo.trainer import MicroBatch
+    from gmpo.data.micro_batches import carrying_together
+    from gmpo.trainer import MicroBatch, carries_signal
 
     trainer = make_trainer("gmpo", model=model, prompts=["a"], reward=lambda **_: [], options=options)
     trainer.current_gradient_accumulation_steps = 1
     wrapped = trainer.accelerator.prepare_model(trainer.model)
     whole = gmpo_inputs({name: value.to(trainer.args.device) for name, value in load_file(batch).items()})
     micro_batches = list(torch.arange(len(whole.batch)).split(rows))
-    micro_batches = trainer._carrying_together(micro_batches, whole.batch, first=len(micro_batches))
+    if trainer.args.zero_signal_groups != "keep":  # as the trainer does between collecting and learning
+        signal = carries_signal(whole.batch)
+        micro_batches = carrying_together(micro_batches, signal, first=len(micro_batches), window=1)
     parts = [MicroBatch(whole.batch.rows(index), whole.denominators) for index in micro_batches]
     while channel.receive() is not None:
         start = clock()
