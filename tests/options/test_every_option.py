@@ -11,7 +11,7 @@ import pytest
 from gmpo import GMPOConfig, GRPOConfig
 from tests.options.observables import completions, logs, rates, weights
 from tests.options.rows import ANOTHER, Acts, Checked, Refused
-from tests.options.runs import SCENARIOS, build, fresh_run, run
+from tests.options.runs import BASE, SCENARIOS, build, fresh_run, run
 from tests.options.table import EXCEPTIONS, PARTS, TABLE
 
 FIELDS = {f.name for config in (GMPOConfig, GRPOConfig) for f in dataclasses.fields(config) if f.init}
@@ -52,6 +52,15 @@ def test_an_option_acts(name, row):
     if row.to is not ANOTHER:
         expected = row.to(with_it) if callable(row.to) else row.to
         assert after == (pytest.approx(expected) if row.sees is rates else expected)
+
+
+@pytest.mark.parametrize("copied", [dataclasses.replace, lambda c: type(c)(**c.to_dict())], ids=["replace", "to_dict"])
+@pytest.mark.parametrize(("name", "row"), rows(Acts))
+def test_a_copy_of_a_config_has_the_option_too(name, row, copied, tmp_path):
+    scenario = SCENARIOS[row.scenario]
+    options = {"output_dir": str(tmp_path), **BASE, **scenario.options, **row.given, name: row.value}
+    config = scenario.cls.config_class(**options)
+    assert copied(config).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(("name", "row"), rows(Refused))
