@@ -152,10 +152,9 @@ class Collector:
         training = model.training
         model.eval()
         parts = []
-        for rows in torch.arange(len(batch)).split(self.rows_per_forward):
-            for chunk in self.scorer.chunks(batch.rows(rows), self.max_tokens_per_chunk):
-                with self.precision():
-                    parts.append((rows[chunk.cpu()], self.scorer.scores(model, batch.rows(rows[chunk.cpu()]))))
+        for rows in self._passes(model, batch):
+            with self.precision():
+                parts.append((rows, self.scorer.scores(model, batch.rows(rows))))
         model.train(training)
         dtype = parts[0][1].logps.dtype if parts else torch.float32
         logps, entropy = (torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device) for _ in range(2))
@@ -163,6 +162,15 @@ class Collector:
             width = scores.logps.shape[1]
             logps[rows, :width], entropy[rows, :width] = scores.logps, scores.entropy
         return Scores(logps=logps, entropy=entropy)
+
+    def _passes(self, model: Any, batch: Batch) -> list[Tensor]:
+        """Rows ([b] int64) of each forward pass; as many passes on every rank where the model is sharded."""
+        passes = [
+            rows[chunk.cpu()]
+            for rows in torch.arange(len(batch)).split(self.rows_per_forward)
+            for chunk in self.scorer.chunks(batch.rows(rows), self.max_tokens_per_chunk)
+        ]
+        return distributed.as_many_everywhere(passes) if distributed.sharded(model) else passes
 
 
 def replacements(collection: Collection, group_size: int, spare: SpareRows, *, seed: int) -> dict[int, dict[str, Any]]:

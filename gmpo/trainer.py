@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from gmpo import distributed
+from gmpo.checkpoint import Stateful, load_state, save_state
 from gmpo.collect import Collection, Collector
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.data.micro_batches import carrying_together, mixed_seed, split_into_micro_batches
@@ -35,7 +36,7 @@ from gmpo.objective.family import objective_from
 from gmpo.objective.inputs import Denominators, ObjectiveInputs
 from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
 from gmpo.policy.loading import check_path, is_adapted, load_policy, load_tokenizer
-from gmpo.policy.reference import FrozenCopy, ReferenceSync, make_reference
+from gmpo.policy.reference import FrozenCopy, ReferenceSync, make_reference, prepared_reference
 from gmpo.policy.router import is_mixture
 from gmpo.policy.scoring import Scorer
 from gmpo.report.completions import CompletionLog, ScoredCompletions
@@ -164,6 +165,12 @@ class GRPOTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics,
         )
+        if config.fsdp and not self.is_fsdp_enabled:
+            warnings.warn(
+                f"fsdp={config.fsdp!r} does nothing here: accelerate shards among several processes with accelerators, "
+                f"and this is {config.world_size} on {config.device.type}. Each process holds the whole model.",
+                stacklevel=2,
+            )
         self._build_stages()
 
     @classmethod
@@ -199,7 +206,9 @@ class GRPOTrainer(Trainer):
             repetition_penalty=self.sampling.scored_penalty,
         )
         if isinstance(self.reference, FrozenCopy):
-            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
+            self.reference.model = prepared_reference(
+                self.reference.model, self.accelerator, rows=args.per_device_train_batch_size
+            )
         self.reference_sync = (
             ReferenceSync(self.reference, alpha=args.ref_model_mixup_alpha, steps=args.ref_model_sync_steps)
             if args.sync_ref_model
@@ -523,11 +532,10 @@ class GRPOTrainer(Trainer):
         """`rows` ([b] int64) cut into forward chunks; as many on every rank where a sharded model needs all of them."""
         limit: int | None = self.max_tokens_per_chunk
         part = batch.rows(rows)
-        chunks = self.scorer.chunks(part, limit) if len(rows) else []
+        chunks = [chunk.cpu() for chunk in self.scorer.chunks(part, limit)] if len(rows) else []
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            most = int(distributed.reduced(torch.tensor(len(chunks)), "max"))
-            chunks = self.scorer.chunks(part, limit, at_least=most)
-        return [rows[chunk.cpu()] for chunk in chunks]
+            chunks = distributed.as_many_everywhere(chunks)
+        return [rows[chunk] for chunk in chunks]
 
     def _rows_with_gradient(self, batch: Batch) -> tuple[Tensor, bool]:
         """Indices of the rows that can move the policy, and whether they count.
@@ -726,6 +734,26 @@ class GRPOTrainer(Trainer):
         if not os.path.exists(os.path.join(folder, "trainer_state.json")):
             self._save_checkpoint(cast(nn.Module, self.model_wrapped), trial=None)
         error.add_note(f"What was learned in {steps} steps is in {folder}; train(resume_from_checkpoint=True) goes on.")
+
+    @property
+    def _stateful_parts(self) -> dict[str, Stateful]:
+        """What holds state of its own between steps, the same on all ranks."""
+        parts: dict[str, Stateful | None] = {
+            "entropy_bonus": self.entropy_bonus,
+            "layouts": self.scorer,
+            "reference": self.reference_sync,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the rest of what is saved before trainer_state.json, which tells that a checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        save_state(self._stateful_parts, output_dir, write=self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_state(self._stateful_parts, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gmpo.distributed import whole_parameters
+from gmpo.distributed import resharded, whole, whole_parameters
 from gmpo.policy.head import unwrapped
 from gmpo.policy.loading import is_adapted
 
@@ -40,7 +40,9 @@ class FrozenCopy:
     """A copy of the whole model.  `model` may be replaced by what wraps it (accelerate, DeepSpeed)."""
 
     def __init__(self, policy: nn.Module):
-        self.model = copy.deepcopy(policy).eval().requires_grad_(False)
+        loaded_in_shards = [p for p in policy.parameters() if hasattr(p, "ds_id")]
+        memo: dict[int, Any] = {id(p): nn.Parameter(whole(p).cpu(), requires_grad=False) for p in loaded_in_shards}
+        self.model: Any = copy.deepcopy(policy, memo).eval().requires_grad_(False)
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -48,8 +50,31 @@ class FrozenCopy:
 
     def pairs(self, policy: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         """(name, the reference's tensor, the policy's) of every parameter."""
-        mine, theirs = dict(unwrapped(self.model).named_parameters()), dict(unwrapped(policy).named_parameters())
+        mine, theirs = (dict(unwrapped(resharded(model)).named_parameters()) for model in (self.model, policy))
         return [(name, tensor, theirs[name]) for name, tensor in mine.items()]
+
+
+def prepared_reference(model: nn.Module, accelerator: Any, *, rows: int) -> nn.Module:
+    """A frozen copy as the accelerator keeps the policy: ZeRO-3's or FSDP2's shards, or whole, on the right device.
+
+    Args:
+        rows: Of a forward pass, which DeepSpeed wants to know.
+    """
+    if accelerator.is_fsdp2:
+        from accelerate.utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    import deepspeed  # pyright: ignore
+
+    config = {name: plugin.deepspeed_config[name] for name in ("bf16", "fp16") if name in plugin.deepspeed_config}
+    zero = {"stage": 3, "offload_param": plugin.deepspeed_config["zero_optimization"].get("offload_param")}
+    config |= {"zero_optimization": zero, "train_micro_batch_size_per_gpu": rows}
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()
+    return engine
 
 
 class BaseOfAdapter:
@@ -121,35 +146,37 @@ class ReferenceSync:
         """The reference's tensors by name, on the CPU."""
         if isinstance(self.reference, AdapterCopy):
             return {name: tensor.detach().cpu() for name, tensor in self.reference.tensors.items()}
-        state = {}
-        for name, parameter in unwrapped(self.reference.model).named_parameters():
-            with whole_parameters([parameter]):
-                state[name] = parameter.detach().cpu().clone()
-        return state
+        parameters = unwrapped(resharded(self.reference.model)).named_parameters()
+        return {name: whole(parameter).cpu().clone() for name, parameter in parameters}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if isinstance(self.reference, AdapterCopy):
             self.reference.tensors = {name: tensor.clone() for name, tensor in state.items()}
             return
         with torch.no_grad():
-            for name, parameter in unwrapped(self.reference.model).named_parameters():
-                _shard_or_whole(parameter, state[name])
+            for name, parameter in unwrapped(resharded(self.reference.model)).named_parameters():
+                _load(parameter, state[name])
 
 
 def _move(mine: Tensor, theirs: Tensor, alpha: float) -> None:
-    both_sharded = hasattr(mine, "ds_tensor") and hasattr(theirs, "ds_tensor")
-    if both_sharded:  # cut alike, so each rank moves its own part
-        mine.ds_tensor.lerp_(theirs.ds_tensor.to(mine.ds_tensor.dtype), alpha)  # pyright: ignore
-        return
-    with whole_parameters([theirs]):
+    with _changing(mine), whole_parameters([theirs]):
         mine.lerp_(theirs.detach().to(mine.dtype), alpha)
 
 
-def _shard_or_whole(parameter: Tensor, value: Tensor) -> None:
-    if not hasattr(parameter, "ds_tensor"):
-        parameter.copy_(value)
-        return
+def _load(mine: Tensor, value: Tensor) -> None:
+    """Set a parameter, sharded or not, to a whole value."""
+    if hasattr(mine, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements)  # pyright: ignore
+    with _changing(mine):
+        mine.copy_(value)
+
+
+def _changing(parameter: Tensor) -> AbstractContextManager[Any]:
+    """Within the block a parameter of ZeRO-3 is whole; what the first rank makes of it is kept."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
     import deepspeed  # pyright: ignore
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        parameter.copy_(value)
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

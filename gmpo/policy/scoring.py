@@ -104,7 +104,7 @@ class Scorer:
         total = value.squeeze(0)
         return total if router_loss is None or router_of is None else total + router_of(router_loss)
 
-    def chunks(self, batch: Batch, max_tokens: int | None, *, at_least: int = 1) -> list[Tensor]:
+    def chunks(self, batch: Batch, max_tokens: int | None) -> list[Tensor]:
         """Cut `batch` into sets of rows ([b] int64 each), of at most `max_tokens` tokens after layout.
 
         Whole groups stay together where they fit, and the sets have about the same size.  A single row may be larger
@@ -112,13 +112,10 @@ class Scorer:
 
         Args:
             max_tokens: None for all rows at once.
-            at_least: Give this many sets, if need be with empty ones: ranks that run a sharded model together must run
-                it the same number of times.
         """
         chunks = [list(range(len(batch)))]
         if max_tokens is not None and len(batch):
             chunks = cut(batch, lambda rows: self._layouts.tokens(batch.rows(torch.tensor(rows))), max_tokens)
-        chunks += [[] for _ in range(at_least - len(chunks))]
         return [torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks]
 
     def tokens(self, batch: Batch) -> int:

@@ -39,14 +39,14 @@ class CheckedEngine:
         """Nothing to do."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        if not requests:
-            return []
+        """Every rank must call where the policy is sharded, be it with nothing to do."""
         if self._chosen is None:
-            self._chosen = self._choose(requests[0], sampling)
+            self._chosen = self._choose(requests, sampling)
         return self._chosen.generate(requests, sampling)
 
-    def _choose(self, request: Request, sampling: Sampling) -> Engine:
-        reason = obstacle(self.shared.policy(), sampling) or self._failure(request)
+    def _choose(self, requests: Sequence[Request], sampling: Sampling) -> Engine:
+        prompt = requests[0].prompt.ids if requests else self.shared.eos
+        reason = obstacle(self.shared.policy(), sampling, gather=self.shared.gather) or self._failure(prompt)
         if reason is None:
             return self.shared
         if self.otherwise is None:
@@ -57,11 +57,11 @@ class CheckedEngine:
         logger.warning("Generating with transformers' generate, not with the faster shared-prefix engine: %s.", reason)
         return self.otherwise
 
-    def _failure(self, request: Request) -> str | None:
+    def _failure(self, prompt: Sequence[int]) -> str | None:
         dtype = without_adapter_shell(self.shared.policy()).dtype
         tolerance = HALF_TOLERANCE if self.shared.autocast is not None else TOLERANCE.get(dtype, HALF_TOLERANCE)
         try:
-            deviation = self.shared.deviation(request.prompt.ids)
+            deviation = self.shared.deviation(prompt)
         except Exception as error:
             return f"its forward pass fails over the shared prefix ({type(error).__name__}: {error})"
         if not deviation <= tolerance:

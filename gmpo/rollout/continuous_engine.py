@@ -28,7 +28,7 @@ class ContinuousEngine:
         pad: Token that fills what is not written.
         options: Keywords of `ContinuousBatchingConfig`.
         autocast: Makes the context of mixed precision.
-        gather: Make ZeRO-3's sharded parameters whole while generating.
+        gather: Make sharded parameters whole while generating.
 
     Raises:
         ValueError: For an unknown keyword, or one that this engine sets itself.

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from gmpo.distributed import sharded
 from gmpo.rollout.draft import Draft, Ending, drafts
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, generating, without_adapter_shell
 from gmpo.rollout.sampling import LOOP_OPTIONS, Sampler, ending, sampling_config
+from gmpo.types import Prompt
 
 
 class GenerateEngine:
@@ -27,7 +29,7 @@ class GenerateEngine:
         pad: Token that fills prompts on the left.
         autocast: Makes the context of mixed precision.
         cache_implementation: As transformers names it.
-        gather: Make ZeRO-3's sharded parameters whole while generating.
+        gather: Make sharded parameters whole while generating.
     """
 
     def __init__(
@@ -56,9 +58,18 @@ class GenerateEngine:
         """Nothing to do."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Every rank must call where the policy is sharded, be it with nothing to do."""
         config = sampling_config(sampling, self.eos)
-        if not requests:
-            return []
+        policy = self.policy()
+        meeting = not self.gather and sharded(policy)
+        with generating(policy, autocast=self.autocast, gather=self.gather):
+            if meeting and not requests:  # the others need our forward passes
+                self._generate([Request(Prompt([self.pad], ""), 1, seed=0)], sampling, config, meeting=True)
+            return self._generate(requests, sampling, config, meeting=meeting) if requests else []
+
+    def _generate(
+        self, requests: Sequence[Request], sampling: Sampling, config: GenerationConfig, *, meeting: bool
+    ) -> list[list[Completion]]:
         model = without_adapter_shell(self.policy())
         device = model.device
         samples = [drafts(request) for request in requests]
@@ -66,14 +77,14 @@ class GenerateEngine:
         sampler = Sampler(model, config, device=device, logps_support=sampling.logps_support)
         turn = Turn(rows, sampler, ending(config, self.tokenizer))
         ids, mask = left_padded([row.request.prompt.ids for row in rows], self.pad, device)
-        with generating(model, autocast=self.autocast, gather=self.gather):
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=self._loop_config(config),
-                logits_processor=LogitsProcessorList([Take(turn)]),
-                stopping_criteria=StoppingCriteriaList([AllFinished(turn)]),
-            )
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=self._loop_config(config),
+            logits_processor=LogitsProcessorList([Take(turn)]),
+            stopping_criteria=StoppingCriteriaList([AllFinished(turn)]),
+            synced_gpus=meeting,
+        )
         return [[draft.completion() for draft in group] for group in samples]
 
     def _loop_config(self, config: GenerationConfig) -> GenerationConfig:

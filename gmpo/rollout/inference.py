@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from gmpo.distributed import whole_parameters
+from gmpo.distributed import whole_model
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -25,17 +25,17 @@ def without_adapter_shell(model: Any) -> Any:
 
 @contextmanager
 def generating(model: Any, *, autocast: Autocast | None = None, gather: bool = True) -> Iterator[None]:
-    """Within the block the module generates: no gradient, dropout or checkpointing; whole parameters; plain defaults.
+    """Within the block the module generates: no gradient, dropout or checkpointing; plain defaults.
 
     Args:
+        model: With PEFT's shell, if there is one: it may be what FSDP2 calls the whole.
         autocast: Makes the context of mixed precision, if the trainer computes in it.
-        gather: Make ZeRO-3's sharded parameters whole.
+        gather: Make sharded parameters whole, so that no forward pass meets another rank; every rank must enter.
     """
     training = [module for module in model.modules() if module.training]
     owners = {id(m): m for m in (model, model.get_base_model() if hasattr(model, "get_base_model") else model)}.values()
     defaults = [owner.generation_config for owner in owners]  # PEFT keeps a second one
-    parameters = model.parameters() if gather else ()
-    with torch.no_grad(), whole_parameters(parameters), (autocast or nullcontext)():
+    with torch.no_grad(), whole_model(model, inner=gather), (autocast or nullcontext)():
         try:
             model.eval()  # also switches gradient checkpointing off, which transformers does in training mode only
             for owner in owners:

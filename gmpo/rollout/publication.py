@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.distributed import whole_parameters
+from gmpo.distributed import whole
 from gmpo.rollout.inference import prompt_learning, without_adapter_shell
 
 Piece = tuple[str, Callable[[], Tensor]]  # a weight's name in the module tree, and what makes it whole
@@ -44,16 +44,6 @@ def description(policy: Any) -> dict[str, Any]:
     config = without_adapter_shell(policy).config.get_text_config()
     names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A weight without its sharding, on every rank.  Every rank must call."""
-    if hasattr(tensor, "full_tensor"):
-        return tensor.full_tensor().detach()  # type: ignore[operator]
-    if hasattr(tensor, "ds_id"):
-        with whole_parameters([tensor]):
-            return tensor.detach().clone()
-    return tensor.detach()
 
 
 def checkpoint_renaming(model: Any) -> Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]:

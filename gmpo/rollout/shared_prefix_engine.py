@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from gmpo.distributed import sharded
 from gmpo.rollout.decoder import Decoder, Limits, packed_logits
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, generating, prompt_learning, without_adapter_shell
@@ -22,7 +23,7 @@ class SharedPrefixEngine:
         tokenizer: For stop strings.
         eos: Tokens that end a completion.
         autocast: Makes the context of mixed precision.
-        gather: Make ZeRO-3's sharded parameters whole while generating.
+        gather: Make sharded parameters whole while generating.
         rows: Completions that are written at a time, at most.
         cache_bytes: Memory for keys and values, about; None: half of the GPU's free memory, or 4 GiB on a CPU.
         prefill_tokens: Prompt tokens of one forward pass, about.
@@ -55,10 +56,11 @@ class SharedPrefixEngine:
         The expected distance of a token's log-probs, a mean over tokens.  Of some tokens, the prompt over and over, the
         first half is read as a prompt and the second as two completions of it.
         """
-        model = without_adapter_shell(self.policy())
+        policy = self.policy()
+        model = without_adapter_shell(policy)
         tokens = (list(prompt) * CHECKED)[:CHECKED]
         half = CHECKED // 2
-        with generating(model, autocast=self.autocast, gather=self.gather):
+        with generating(policy, autocast=self.autocast, gather=self.gather):
             whole = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
             got = forced(model, tokens[:half], tokens[half:])
         return distance(whole[0, half - 1 :, None], got)
@@ -70,11 +72,13 @@ class SharedPrefixEngine:
         """Nothing to do."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        if not requests:
-            return []
-        model = without_adapter_shell(self.policy())
+        """Every rank must call where the policy is sharded, be it with nothing to do."""
+        policy = self.policy()
+        model = without_adapter_shell(policy)
         config = sampling_config(sampling, self.eos)
-        with generating(model, autocast=self.autocast, gather=self.gather):
+        with generating(policy, autocast=self.autocast, gather=self.gather):
+            if not requests:
+                return []
             limits = Limits(self.rows, self._cache_tokens(model), self.prefill_tokens)
             sampler = Sampler(model, config, device=model.device, logps_support=sampling.logps_support)
             groups = Decoder(model, sampler, ending(config, self.tokenizer), limits).write(requests)
@@ -110,7 +114,7 @@ def distance(expected: torch.Tensor, got: torch.Tensor) -> float:
     return float(gap.sum(-1).mean())
 
 
-def obstacle(model: Any, sampling: Sampling) -> str | None:
+def obstacle(model: Any, sampling: Sampling, *, gather: bool = True) -> str | None:
     """Why the shared-prefix engine can't serve this model or these options; None: it can, as far as one can see."""
     if prompt_learning(model):
         return "the adapter learns virtual prompt tokens"
@@ -126,15 +130,10 @@ def obstacle(model: Any, sampling: Sampling) -> str | None:
         "its layers share keys and values": getattr(config, "num_kv_shared_layers", 0),
         "it computes logits of all tokens only": not model._supports_logits_to_keep(),
         "it lies on several devices": len(set(getattr(model, "hf_device_map", {}).values())) > 1,
-        "its parameters are sharded": sharded(model),
+        "its parameters stay sharded": not gather and sharded(model),
         f"generation_kwargs asks for {', '.join(loop_options)}": loop_options,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def sharded(model: Any) -> bool:
-    """Whether forward passes meet other ranks, so that every rank must make the same number of them."""
-    return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
 
 
 def bytes_per_token(model: Any) -> int:

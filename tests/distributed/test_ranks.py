@@ -1,102 +1,78 @@
-"""Two ranks (gloo, on CPUs) make the update that one rank makes."""
+"""Two ranks make the update that one rank makes, whether their weights are copies or sharded."""
 
-import os
-import socket
+import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from datasets import Dataset
+from peft import LoraConfig
 
-from gmpo import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
-
-PROMPTS = Dataset.from_list([{"prompt": " ".join("abcdefgh"[: 1 + i % 6])} for i in range(8)])
-
-
-def score(completions, **columns):
-    """0 for every completion of some prompts, so that a rank may have nothing to learn from."""
-    return [float(text.split().count("a")) for text in completions]
-
-
-def train(output_dir, rows, **options):
-    cls, config_class = (GRPOTrainer, GRPOConfig) if "loss_type" in options else (GMPOTrainer, GMPOConfig)
-    config = config_class(
-        output_dir,
-        per_device_train_batch_size=rows,
-        **{
-            "num_generations": 4,
-            "gradient_accumulation_steps": 2,
-            "num_iterations": 2,
-            "max_completion_length": 5,
-            "max_steps": 4,
-            "logging_steps": 2,
-            "learning_rate": 0.1,
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "save_strategy": "no",
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **options,
-        },
-    )
-    model = tiny_model(dtype=torch.float64)
-    trainer = cls(model, score, config, PROMPTS, processing_class=tiny_tokenizer())
-    trainer.train()
-    return trainer
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
+from tests.distributed.runs import KINDS, assert_same_training, result_of, trainer, with_two_ranks
 
 CASES = {
     "plain": {},
     "reference": {"beta": 0.1},
+    "moving reference": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
     "resampling": {"zero_signal_groups": "resample", "gradient_accumulation_steps": 1},
     "chunks": {"max_tokens_per_chunk": 12},
     "entropy selection": {"top_entropy_quantile": 0.5, "gradient_accumulation_steps": 1},
     "a group over both ranks": {"num_generations": 16},
     "token aggregate": {"loss_type": "dapo"},
+    "adapter": {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2},
 }
+SHARDED_CASES = {
+    "generate": {"generation_engine": "generate"},
+    "sharded generation": {"ds3_gather_for_generation": False},
+    "sharded generation, adapter": {**CASES["adapter"], "ds3_gather_for_generation": False},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+EXACT = {"dtype": torch.float64}
+ROUNDED = {"dtype": torch.float32}  # ZeRO-3 adds gradients up in float32, whatever they are
+PRECISION = {"copies": EXACT, "fsdp2": EXACT, "zero3": ROUNDED}
 
 
-def as_rank(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def all_cases(folder, options):
     results = {}
-    for name, options in CASES.items():
-        trainer = train(folder, 4, ddp_backend="gloo", **options)
-        weights = {key: p.detach() for key, p in trainer.unwrapped_policy().named_parameters()}
-        results[name] = {"weights": weights, "logs": logs_of(trainer)}
-    torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
-def logs_of(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    precision = ROUNDED if "deepspeed" in options else EXACT
+    for name, case in {**CASES, **SHARDED_CASES}.items():
+        run = trainer(folder, 4, **precision, **options, **case)
+        run.train()
+        results[name] = result_of(run)
+    if "fsdp" not in options and "deepspeed" not in options:
+        with warnings.catch_warnings(record=True) as told:
+            trainer(folder, 4, **options, **KINDS["fsdp2"])
+        results["told"] = [str(warning.message) for warning in told]
+    return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(as_rank, args=(free_port(), folder), nprocs=2)
-    return [torch.load(os.path.join(folder, f"rank{rank}.pt")) for rank in (0, 1)]
+    """Results of all cases by kind of ranks; each kind is run once."""
+    results = {}
+
+    def get(kind):
+        if kind not in results:
+            results[kind] = None  # if it fails, it does so for one test
+            results[kind] = with_two_ranks(kind, all_cases, tmp_path_factory.mktemp("ranks"))
+        return results[kind]
+
+    return get
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_make_the_update_of_one(tmp_path, two_ranks, case):
-    alone = train(str(tmp_path), 8, **CASES[case])
-    start = dict(tiny_model(dtype=torch.float64).named_parameters())
-    for name, value in alone.model.named_parameters():
-        assert not torch.equal(value, start[name]), name
-        for theirs in two_ranks:
-            torch.testing.assert_close(theirs[case]["weights"][name], value.detach(), rtol=1e-7, atol=1e-8)
-    for theirs, ours in zip(two_ranks[0][case]["logs"], logs_of(alone), strict=True):
-        for name in ("loss", "reward", "reward_std", "entropy", "completions/mean_length", "num_tokens"):
-            assert theirs.get(name) == pytest.approx(ours.get(name), rel=1e-5, abs=1e-6), name
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", {**CASES, **SHARDED_CASES})
+def test_two_ranks_make_the_update_of_one(tmp_path, two_ranks, kind, case):
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
+    alone = trainer(str(tmp_path), 8, **PRECISION[kind], **{**CASES, **SHARDED_CASES}[case])
+    start = result_of(alone)["weights"]
+    alone.train()
+    limits = {"rtol": 1e-7, "atol": 1e-8} if PRECISION[kind] is EXACT else {"rtol": 1e-4, "atol": 1e-5}
+    for theirs in two_ranks(kind):
+        assert_same_training(theirs[case], result_of(alone), start=start, **limits)
+
+
+def test_shards_that_are_asked_for_in_vain_are_told(two_ranks):
+    """accelerate makes copies on CPUs."""
+    for rank in two_ranks("copies"):
+        assert any("fsdp=True does nothing here" in message and "2 on cpu" in message for message in rank["told"])

@@ -125,16 +125,16 @@ def ds3_gather_for_generation(monkeypatch, folder):
     gathered = []
 
     @contextlib.contextmanager
-    def whole(parameters):
-        gathered.append(len(list(parameters)))
+    def whole(model, *, inner):
+        gathered.append(inner)
         yield
 
-    monkeypatch.setattr("gmpo.rollout.inference.whole_parameters", whole)
+    monkeypatch.setattr("gmpo.rollout.inference.whole_model", whole)
     for engine in ("shared_prefix", "generate"):
         for gather in (True, False):
             gathered.clear()
             fresh_run(SCENARIOS["gmpo"], ds3_gather_for_generation=gather, generation_engine=engine, max_steps=1)
-            assert gathered and all(bool(count) == gather for count in gathered), (engine, gather)
+            assert gathered and all(inner == gather for inner in gathered), (engine, gather)
 
 
 def use_vllm(monkeypatch, folder):
