@@ -28,10 +28,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# vLLM's build for CPUs; no more threads than are asked for, and little memory, since the models are tiny
+# vLLM's build for CPUs and DeepSpeed; little memory, since the models are tiny
 test-vllm: $(VLLM)/ready
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING \
-	$(VLLM)/bin/python -m pytest -m vllm tests/vllm $(PYTEST_ARGS)
+	$(VLLM)/bin/python -m pytest -m "vllm or deepspeed" tests/distributed tests/vllm $(PYTEST_ARGS)
 
 $(VLLM)/ready: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
@@ -42,6 +42,9 @@ $(VLLM)/ready: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable ".[peft,tasks]" \
 		pytest pytest-timeout hypothesis
+	# its operators would be compiled for GPUs
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt \
+		--no-build-isolation deepspeed
 	touch $@
 
 peer: $(PEER)/ready

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from gmpo.distributed import sharded
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, generating, without_adapter_shell
 
@@ -55,13 +56,20 @@ class ContinuousEngine:
         """Nothing to do."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Every rank must call where the policy is sharded, be it with nothing to do."""
         config = generation_config(sampling, self.eos, self.pad)
-        if not requests:
-            return []
+        policy = self.policy()
+        if not self.gather and sharded(policy):
+            raise ValueError(
+                "use_transformers_continuous_batching runs in a thread of its own, which can't keep step with other "
+                "ranks. Leave ds3_gather_for_generation at True, or turn continuous batching off."
+            )
         prompts = [request.prompt.ids for request in requests for _ in range(request.count)]
         seed = hash(tuple((request.seed, request.first) for request in requests)) % 2**31
-        model = without_adapter_shell(self.policy())
-        with torch.random.fork_rng(), generating(model, autocast=self.autocast, gather=self.gather):
+        model = without_adapter_shell(policy)
+        with torch.random.fork_rng(), generating(policy, autocast=self.autocast, gather=self.gather):
+            if not requests:
+                return []
             torch.manual_seed(seed)
             options = sized(self.options, prompts, config.max_new_tokens or 1, model.device)
             batching = ContinuousBatchingConfig(**options, return_logprobs=True, seed=seed)

@@ -64,7 +64,7 @@ class ExactnessCheck:
         """[len(ids) - 1] float32, on the CPU."""
         model = without_adapter_shell(self.policy())
         ids = torch.tensor([self.ids], device=model.device)
-        with generating(model, autocast=self.autocast, gather=False):
+        with generating(self.policy(), autocast=self.autocast, gather=False):
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu()
 

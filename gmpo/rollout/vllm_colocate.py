@@ -53,6 +53,7 @@ class ColocatedEngine:
         self.policy = policy
         self.eos = tuple(eos)
         self.folder = tempfile.mkdtemp(prefix="gmpo-vllm-")
+        self.joined_group = torch.distributed.is_initialized()  # then the group of all ranks is the trainer's
         self.dtype = engine_dtype(settings, policy(), autocast)
         self.llm: Any = start(settings, policy(), tokenizer, folder=self.folder, dtype=self.dtype)
         self.run = new_run()
@@ -152,7 +153,7 @@ class ColocatedEngine:
     def close(self) -> None:
         """Free what the engine holds."""
         if self.llm is not None:
-            stop(self.llm)
+            stop(self.llm, keep_group=self.joined_group)
             self.llm = None
             self.receiver = None
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -309,13 +310,15 @@ def undisturbed() -> Iterator[None]:
     np.random.set_state(array)
 
 
-def stop(llm: Any) -> None:
-    llm.llm_engine.engine_core.shutdown()
-    if distributed.world_size() == 1:  # else the process group is the trainer's
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-        destroy_model_parallel()
-        destroy_distributed_environment()
+def stop(llm: Any, *, keep_group: bool) -> None:
+    """End the engine and the groups of ranks that it made; the group of all ranks too, unless it is to be kept."""
+    destroy = torch.distributed.destroy_process_group
+    if keep_group:
+        torch.distributed.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+    try:
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 # -- requests and answers, in vLLM's words ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The same training by one rank and by two (gloo, on CPUs), whose weights are copies of each other or sharded."""
 
+import importlib.util
 import os
 import socket
 
@@ -30,6 +31,13 @@ KINDS = {  # how two ranks hold the weights -> what asks for it
     "fsdp2": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
     "zero3": {"deepspeed": ZERO_3},
 }
+
+
+def marked(kinds):
+    """Kinds of ranks as parameters of tests, which are skipped where what they need is missing."""
+    missing = importlib.util.find_spec("deepspeed") is None
+    marks = [pytest.mark.deepspeed, pytest.mark.skipif(missing, reason="needs DeepSpeed: make test-vllm")]
+    return [pytest.param(kind, marks=marks if kind == "zero3" else ()) for kind in kinds]
 
 
 def score(completions, **columns):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.distributed.runs import KINDS, assert_same_training, result_of, trainer, with_two_ranks
+from tests.distributed.runs import KINDS, assert_same_training, marked, result_of, trainer, with_two_ranks
 
 CASES = {
     "plain": {},
@@ -59,11 +59,9 @@ def two_ranks(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", marked(KINDS))
 @pytest.mark.parametrize("case", {**CASES, **SHARDED_CASES})
 def test_two_ranks_make_the_update_of_one(tmp_path, two_ranks, kind, case):
-    if kind == "zero3":
-        pytest.importorskip("deepspeed")
     alone = trainer(str(tmp_path), 8, **PRECISION[kind], **{**CASES, **SHARDED_CASES}[case])
     start = result_of(alone)["weights"]
     alone.train()

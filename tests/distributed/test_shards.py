@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from gmpo import distributed
 from gmpo.distributed import whole_model
-from tests.distributed.runs import KINDS, assert_same_training, result_of, trainer, with_two_ranks
+from tests.distributed.runs import assert_same_training, marked, result_of, trainer, with_two_ranks
 from tests.tiny import tiny_model
 
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2, "max_grad_norm": 0.5, "learning_rate": 1e-2}
@@ -42,10 +42,8 @@ def forward_passes_alone(run):
     return logits
 
 
-@pytest.fixture(scope="module", params=[kind for kind in KINDS if kind != "copies"])
+@pytest.fixture(scope="module", params=marked(["fsdp2", "zero3"]))
 def ranks(request, tmp_path_factory):
-    if request.param == "zero3":
-        pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("shards")
     return folder, with_two_ranks(request.param, everything, folder)
 
