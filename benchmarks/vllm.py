@@ -1,6 +1,6 @@
 """The demo's task trained with each engine: transformers, vLLM in the trainer's process, vLLM behind a server.
 
-    .venv-vllm/bin/python -m benchmarks.vllm [--steps 48] [--engines transformers colocated server]
+    .venv-vllm/bin/python -m benchmarks.vllm [--steps 144] [--engines transformers colocated server]
 
 `make demo` makes the model, `make test-vllm` the environment.  All engines get the same options, problems and seeds;
 their random numbers differ, so the runs differ by chance.  What an engine has shown is kept in --output, and the table
@@ -48,8 +48,8 @@ Result = dict[str, Any]
 
 def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    options.add_argument("--steps", type=int, default=48)
-    options.add_argument("--problems", type=int, default=100, help="held-out problems to measure on")
+    options.add_argument("--steps", type=int, default=144)
+    options.add_argument("--problems", type=int, default=200, help="held-out problems to measure on")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--engines", nargs="+", default=list(FLAGS), choices=list(FLAGS))
     options.add_argument("--cache", type=Path, default=Path(".cache"), help="folder of the demo's model")
