@@ -186,8 +186,8 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
         batch: Safetensors file: "prompts" [groups, P], "completions" [B, T] padded with 0, "lengths" [B], "advantages"
             [B]; rows of a group are contiguous.
     """
-    from gmpo.data.micro_batches import carrying_together
-    from gmpo.trainer import MicroBatch, carries_signal
+    from gmpo.data.micro_batches import carries_signal, carrying_together
+    from gmpo.trainer import MicroBatch
 
     trainer = make_trainer("gmpo", model=model, prompts=["a"], reward=lambda **_: [], options=options)
     trainer.current_gradient_accumulation_steps = 1

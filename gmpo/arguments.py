@@ -1,14 +1,19 @@
 """What becomes of the options of `transformers.TrainingArguments` that mean something else, or nothing, under gmpo.
 
-All others act as they do for every Trainer.  And which options of any stage do nothing without another one.
+All others act as they do for every Trainer.  Also: which options of any stage do nothing without another one, and what
+the trainers answer to arguments that they don't have.
 """
 
 import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
+
+from gmpo.options import advice
 
 # option -> (the values that change nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -124,6 +129,46 @@ def check_device(config: Any) -> None:
             "fp16=True has no effect on a CPU, whose mixed precision is bfloat16's alone. Use bf16=True, or load the "
             "model in half precision: model_init_kwargs={'dtype': 'float16'}."
         )
+    if config.vllm_enable_sleep_mode and config.device.type == "cpu":
+        raise ValueError(
+            "vllm_enable_sleep_mode=True gives away a GPU's memory, and this run has no GPU. Leave it at False."
+        )
+
+
+# -- the trainer's arguments -------------------------------------------------------------------------------------------
+
+RENAMED = {  # what other trainers, or older ones, call an argument -> its name
+    "tokenizer": "processing_class",
+    "config": "args",
+    "training_args": "args",
+    "dataset": "train_dataset",
+    "reward_func": "reward_funcs",
+    "reward_model": "reward_funcs",
+    "reward_tokenizer": "reward_processing_classes",
+}
+
+
+def known_arguments_only(init: Callable[..., None]) -> Callable[..., None]:
+    """`__init__` of a trainer, with an error for other arguments that says what to use in their place."""
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(self: Any, *arguments: Any, **keywords: Any) -> None:
+        for name in keywords:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}.{instead_of(name, known, type(self))}")
+        init(self, *arguments, **keywords)
+
+    return checked
+
+
+def instead_of(name: str, known: list[str], trainer: Any) -> str:
+    options = [field.name for field in dataclasses.fields(trainer.config_class)]
+    if name in RENAMED:
+        return f" It is called {RENAMED[name]} here."
+    if name in options:
+        return f" It is an option: args={trainer.config_class.__name__}({name}=...)."
+    return advice(name, known)
 
 
 def check_parallelism(parallelism: Any) -> None:
@@ -134,3 +179,19 @@ def check_parallelism(parallelism: Any) -> None:
                 f"parallelism_config with {axis}_size={size} splits sequences over ranks, which gmpo's layouts don't "
                 f"support. Use {axis}_size=1, and FSDP or ZeRO-3 for memory."
             )
+
+
+def refuse_later_arguments(**arguments: Any) -> None:
+    """Raise a ValueError for arguments of the documented interface that are not there yet."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"The argument {name} is not available yet. Leave it out.")
+
+
+def check_workers(train_dataset: Any, num_workers: int) -> None:
+    """Raise a ValueError for workers beside an iterable dataset: each of them would read all of it."""
+    if num_workers and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+        raise ValueError(
+            f"dataloader_num_workers={num_workers} with an iterable train_dataset: each worker would read all of it. "
+            "Leave dataloader_num_workers at 0, or give a map-style dataset."
+        )

@@ -1,6 +1,7 @@
 """What a run holds beside what the Trainer saves, in its checkpoints: as JSON and safetensors, without pickle."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,3 +56,15 @@ def load_state(parts: Mapping[str, Stateful], folder: str) -> None:
 
 def tensors_of(name: str, folder: str) -> Path:
     return Path(folder, f"gmpo_{name}.safetensors")
+
+
+def last_whole_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint in `output_dir` that was written to its end (trainer_state.json is written last)."""
+    folders = [f for f in os.listdir(output_dir) if f.startswith("checkpoint-")] if os.path.isdir(output_dir) else []
+    whole = [f for f in folders if os.path.exists(os.path.join(output_dir, f, "trainer_state.json"))]
+    if not whole:
+        raise ValueError(
+            f"resume_from_checkpoint=True, but {output_dir!r} holds no whole checkpoint. "
+            "Train without it, or name a folder."
+        )
+    return os.path.join(output_dir, max(whole, key=lambda name: int(name.rsplit("-", 1)[-1])))

@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from gmpo import distributed
-from gmpo.checkpoint import Stateful, load_state, save_state
+from gmpo.arguments import check_workers, known_arguments_only, refuse_later_arguments
+from gmpo.checkpoint import Stateful, last_whole_checkpoint, load_state, save_state
 from gmpo.collect import Collection, Collector
 from gmpo.config import GMPOConfig, GRPOConfig
-from gmpo.data.micro_batches import carrying_together, mixed_seed, split_into_micro_batches
+from gmpo.data.micro_batches import carries_signal, carrying_together, mixed_seed, split_into_micro_batches
 from gmpo.data.sampler import CollectionPlan, CollectionSampler, EvalSampler, KeyedRows, Rows, StreamedRows, as_rows
 from gmpo.data.spare import SpareRows
 from gmpo.objective.entropy import EntropyController
@@ -97,6 +98,7 @@ class GRPOTrainer(Trainer):
     _tag_names = ("gmpo", "grpo")
     loss_is_scaled_for_ga = True  # denominators are those of the whole optimizer batch already
 
+    @known_arguments_only
     def __init__(
         self,
         model: str | os.PathLike[str] | nn.Module,
@@ -809,11 +811,6 @@ class BetweenSteps(TrainerCallback):
         self.trainer.completion_log.close()
 
 
-def carries_signal(batch: Batch) -> Tensor:
-    """[B] bool, on the CPU: rows whose policy gradient is not 0."""
-    return ((batch.advantages != 0) & batch.mask.any(1)).cpu()
-
-
 def objective_inputs(batch: Batch, scores: Scores, select: Tensor) -> ObjectiveInputs:
     """The objective's view of scored rows.  Where no old log-probs are kept, the policy is still the old one."""
     return ObjectiveInputs(
@@ -849,15 +846,6 @@ def tokenizer_of(model: Any, args: GRPOConfig) -> Any:
     return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
 
 
-def check_workers(train_dataset: Any, num_workers: int) -> None:
-    """Raise a ValueError for workers beside an iterable dataset: each of them would read all of it."""
-    if num_workers and train_dataset is not None and not hasattr(train_dataset, "__len__"):
-        raise ValueError(
-            f"dataloader_num_workers={num_workers} with an iterable train_dataset: each worker would read all of it. "
-            "Leave dataloader_num_workers at 0, or give a map-style dataset."
-        )
-
-
 def named_datasets(eval_dataset: Any) -> dict[str, Any]:
     if eval_dataset is None:
         return {}
@@ -868,21 +856,3 @@ def named_datasets(eval_dataset: Any) -> dict[str, Any]:
 
 def gathered_as_objects(values: Tensor) -> Tensor:
     return torch.cat([part.to(values.device) for part in distributed.gathered_objects(values.cpu())])
-
-
-def refuse_later_arguments(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"The argument {name} is not available yet. Leave it out.")
-
-
-def last_whole_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint in `output_dir` that was written to its end (trainer_state.json is written last)."""
-    folders = [f for f in os.listdir(output_dir) if f.startswith("checkpoint-")] if os.path.isdir(output_dir) else []
-    whole = [f for f in folders if os.path.exists(os.path.join(output_dir, f, "trainer_state.json"))]
-    if not whole:
-        raise ValueError(
-            f"resume_from_checkpoint=True, but {output_dir!r} holds no whole checkpoint. "
-            "Train without it, or name a folder."
-        )
-    return os.path.join(output_dir, max(whole, key=lambda name: int(name.rsplit("-", 1)[-1])))

@@ -111,6 +111,7 @@ ILLEGAL = [
     ({"dataloader_in_order": False}, "dataloader_in_order=False .*prefetch"),
     ({"batch_eval_metrics": True}, "batch_eval_metrics=True .*whole evaluation set"),
     ({"fp16": True, "use_cpu": True}, "fp16=True .*bf16=True"),
+    ({"use_vllm": True, "vllm_enable_sleep_mode": True, "use_cpu": True}, "this run has no GPU"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 can't act: there are no labels"),
     ({"label_names": ["x"]}, "label_names="),
     ({"average_tokens_across_devices": False}, "whole optimizer batch"),

@@ -8,9 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gmpo.rollout.vllm_backend import EXTENSION, NAME
+from gmpo.rollout.vllm_backend import CPU_BLOCK, EXTENSION, NAME
 from gmpo.rollout.vllm_tokens import LOOPBACK, VARIABLE, new_token, token_file
 
+ON_CPUS = [
+    "--no-enable-chunked-prefill",  # read in parts, a prompt makes vLLM take back random numbers, which fails there
+    *("--block-size", str(CPU_BLOCK)),
+]
 GUARD = "gmpo.rollout.vllm_guard.Guard"
 
 
@@ -57,8 +61,7 @@ def server_command(options: argparse.Namespace, rest: Sequence[str]) -> list[str
         "--enable-scale-out",  # the route that takes and gives tokens, and tells which weights wrote them
         *("--logprobs-mode", "raw_logprobs"),
         *("--generation-config", "vllm"),  # sampling is the trainer's business
-        # read in parts, a prompt makes vLLM take back random numbers, which it can't do on CPUs
-        *(["--no-enable-chunked-prefill"] if is_cpu_build() else []),
+        *(ON_CPUS if is_cpu_build() else []),
         *guard,
         *rest,
     ]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gmpo.types import Batch
+
 
 def split_into_micro_batches(group: Tensor, *, rows: int, passes: int, seed: int) -> list[Tensor]:
     """Row indices of every micro-batch of a collection.
@@ -56,3 +58,8 @@ def mixed_seed(*parts: int) -> int:
         state = (state ^ (state >> 31)) * 0x94D049BB133111EB % 2**64
         state ^= state >> 29
     return state % 2**63
+
+
+def carries_signal(batch: Batch) -> Tensor:
+    """[B] bool, on the CPU: rows whose policy gradient is not 0."""
+    return ((batch.advantages != 0) & batch.mask.any(1)).cpu()

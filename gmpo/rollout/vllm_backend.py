@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CPU_BLOCK = 32  # tokens; a group reads its prompt once as far as it fills blocks, and vLLM's own on CPUs hold 128
 NAME = "gmpo"
 LOADER = "gmpo.rollout.vllm_backend"
 EXTENSION = f"{LOADER}.WorkerExtension"

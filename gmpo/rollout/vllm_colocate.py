@@ -16,7 +16,7 @@ from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, without_adapter_shell
 from gmpo.rollout.publication import adapter_obstacle, description, write_adapter
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm_backend import NAME, register
+from gmpo.rollout.vllm_backend import CPU_BLOCK, NAME, register
 from gmpo.rollout.vllm_check import ExactnessCheck, computing_dtype, prompt_logps
 from gmpo.rollout.vllm_publisher import ByReference, new_run, policy_weights, send
 from gmpo.rollout.vllm_sampling import VllmSampling, check_room, completion, engine_seed, vllm_sampling
@@ -218,6 +218,10 @@ class LocalReceiver:
 
 # -- starting and stopping vLLM --------------------------------------------------------------------------------------
 
+ON_CPUS = {
+    "enable_chunked_prefill": False,  # read in parts, a prompt makes vLLM take back random numbers, which fails there
+    "block_size": CPU_BLOCK,
+}
 OURS = ("model", "tokenizer", "load_format", "weight_transfer_config", "logprobs_mode", "distributed_executor_backend")
 OPTIONS = {  # vLLM's name -> ours
     "tensor_parallel_size": "vllm_tensor_parallel_size",
@@ -274,8 +278,7 @@ def engine_arguments(settings: RolloutSettings, policy: Any, *, folder: str, dty
         overrides.setdefault("head_dtype", "float32")
     on_cpu = without_adapter_shell(policy).device.type == "cpu"
     return {
-        # read in parts, a prompt makes vLLM take back random numbers, which it can't do on CPUs
-        **({"enable_chunked_prefill": False} if on_cpu else {}),
+        **(ON_CPUS if on_cpu else {}),
         **{name: getattr(settings, ours) for name, ours in OPTIONS.items()},
         "model": folder,
         "load_format": "dummy",

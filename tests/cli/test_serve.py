@@ -60,6 +60,7 @@ def test_on_cpus_prompts_are_read_in_one_piece(started, monkeypatch, on_cpu):
     monkeypatch.setattr(serve, "is_cpu_build", lambda: on_cpu)
     serve.run(["some/model"])
     assert ("--no-enable-chunked-prefill" in started[0][0]) == on_cpu
+    assert ("--block-size" in started[0][0]) == on_cpu
 
 
 def test_the_users_own_token_is_kept(started, monkeypatch):

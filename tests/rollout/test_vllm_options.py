@@ -114,10 +114,12 @@ def test_engine_kwargs_go_through_and_win():
 
 def test_on_cpus_prompts_are_read_in_one_piece_unless_the_user_says_otherwise():
     assert arguments()["enable_chunked_prefill"] is False
+    assert arguments()["block_size"] == 32
+    assert arguments(vllm_engine_kwargs={"block_size": 64})["block_size"] == 64
     assert arguments(vllm_engine_kwargs={"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
     settings = RolloutSettings(use_vllm=True)
     elsewhere = engine_arguments(settings, tiny_model().to("meta"), folder="F", dtype=torch.bfloat16)
-    assert "enable_chunked_prefill" not in elsewhere
+    assert "enable_chunked_prefill" not in elsewhere and "block_size" not in elsewhere
 
 
 @pytest.mark.parametrize("name", ["model", "load_format", "weight_transfer_config", "logprobs_mode"])

@@ -1,5 +1,6 @@
 """What bad input gets: an error that says what was got and what to do, and nothing that was learned is lost."""
 
+import inspect
 import os
 
 import pytest
@@ -126,3 +127,20 @@ def test_without_args_the_folder_is_named_after_model_and_method(tmp_path, monke
     trainer = GMPOTrainer(tiny_model(), share_of_a, train_dataset=PROMPTS, processing_class=tiny_tokenizer())
     assert isinstance(trainer.args, GMPOConfig)
     assert trainer.args.output_dir == "model-GMPO"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tokenizer", r"GMPOTrainer has no argument 'tokenizer'. It is called processing_class here."),
+        ("beta", r"It is an option: args=GMPOConfig\(beta=...\)"),
+        ("reward_fns", r"Did you mean reward_funcs\?"),
+    ],
+)
+def test_an_argument_that_does_not_exist_is_refused_with_what_to_use(name, message):
+    with pytest.raises(TypeError, match=message):
+        GMPOTrainer("somewhere", **{name: 1})
+
+
+def test_the_signature_still_shows_the_arguments():
+    assert list(inspect.signature(GMPOTrainer).parameters)[:4] == ["model", "reward_funcs", "args", "train_dataset"]
