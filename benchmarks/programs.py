@@ -187,7 +187,7 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
             [B]; rows of a group are contiguous.
     """
     from gmpo.data.micro_batches import carries_signal, carrying_together
-    from gmpo.trainer import MicroBatch
+    from gmpo.learn import MicroBatch
 
     trainer = make_trainer("gmpo", model=model, prompts=["a"], reward=lambda **_: [], options=options)
     trainer.current_gradient_accumulation_steps = 1
@@ -208,8 +208,8 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
 
 
 def gmpo_inputs(rows: dict[str, Tensor]) -> Any:
+    from gmpo.learn import MicroBatch
     from gmpo.objective.inputs import Denominators
-    from gmpo.trainer import MicroBatch
     from gmpo.types import Batch
 
     lengths, completions = rows["lengths"], rows["completions"]

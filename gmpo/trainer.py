@@ -5,13 +5,9 @@ supervised training in two places: an optimizer step first sees that there are c
 (`get_batch_samples`), and a micro-batch's gradient is taken chunk by chunk (`training_step`).
 """
 
-import contextlib
-import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -32,10 +28,10 @@ from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.data.micro_batches import carries_signal, carrying_together, mixed_seed, split_into_micro_batches
 from gmpo.data.sampler import CollectionPlan, CollectionSampler, EvalSampler, KeyedRows, Rows, StreamedRows, as_rows
 from gmpo.data.spare import SpareRows
+from gmpo.learn import Learner, MicroBatch
 from gmpo.objective.entropy import EntropyController
 from gmpo.objective.family import objective_from
-from gmpo.objective.inputs import Denominators, ObjectiveInputs
-from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
+from gmpo.objective.inputs import Denominators
 from gmpo.policy.loading import check_path, is_adapted, load_policy, load_tokenizer
 from gmpo.policy.reference import FrozenCopy, ReferenceSync, make_reference, prepared_reference
 from gmpo.policy.router import is_mixture
@@ -53,19 +49,7 @@ from gmpo.rollout.engines import build_engine
 from gmpo.rollout.prompts import PromptEncoder, check_dataset
 from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.weights import PolicyVersion
-from gmpo.types import Batch, Scores, Statistics
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """What `training_step` gets: rows of a collection, and the counts of the optimizer batch that they belong to."""
-
-    batch: Batch
-    denominators: Denominators
-    mode: Mode | None = "train"  # whose metrics its figures go to; None: nobody's
-
-    def __contains__(self, name: str) -> bool:  # the Trainer asks whether its inputs hold "input_ids"
-        return False
+from gmpo.types import Batch, Statistics
 
 
 class GRPOTrainer(Trainer):
@@ -171,7 +155,7 @@ class GRPOTrainer(Trainer):
             warnings.warn(
                 f"fsdp={config.fsdp!r} does nothing here: accelerate shards among several processes with accelerators, "
                 f"and this is {config.world_size} on {config.device.type}. Each process holds the whole model.",
-                stacklevel=2,
+                stacklevel=3,  # past the check of the arguments
             )
         self._build_stages()
 
@@ -190,7 +174,7 @@ class GRPOTrainer(Trainer):
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps}): the policy still is the one that "
                 "sampled, every log-ratio is 0, and GMPO equals GRPO. For GMPO's clip window to act, set "
                 "steps_per_generation to several times gradient_accumulation_steps.",
-                stacklevel=3,
+                stacklevel=4,  # past the check of the arguments
             )
         return args
 
@@ -239,14 +223,23 @@ class GRPOTrainer(Trainer):
             max_tokens_per_chunk=args.max_tokens_per_chunk,
             trainer_state=self.state,
         )
-        self._routed = args.router_aux_loss_coef > 0.0 and is_mixture(self.unwrapped_policy())
+        self.learner = Learner(
+            args,
+            self.accelerator,
+            objective=self.objective,
+            entropy_bonus=self.entropy_bonus,
+            scorer=self.scorer,
+            metrics=self.metrics,
+            entropy=self.collector.entropy,
+            precision=self.compute_loss_context_manager,
+            backward=self._backward,
+            progress=lambda: self.state.global_step / max(1, self.state.max_steps),
+            routed=args.router_aux_loss_coef > 0.0 and is_mixture(self.unwrapped_policy()),
+        )
         self._num_parameters = sum(p.numel() for p in self.unwrapped_policy().parameters())
         self.spare_rows = SpareRows(self._training_rows()) if args.zero_signal_groups == "resample" else None
         self._pending: list[Batch] = []  # micro-batches of the current collection, in the order of their micro-steps
-        self._added: list[MicroBatch] = []  # those whose gradients this optimizer step has already
-        self.max_tokens_per_chunk: int | None = args.max_tokens_per_chunk
         self._steps_at_last_log = 0
-        self._step_entropy = (torch.zeros(()), torch.zeros(()))  # sum and count over the tokens of this optimizer step
         set_tensorboard_folder(self.callback_handler.callbacks, args.logging_dir)
         self.add_callback(JsonlCallback)
         self.add_callback(BetweenSteps(self))
@@ -326,7 +319,7 @@ class GRPOTrainer(Trainer):
         self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], None]:
         """The micro-batches of one optimizer step; makes a collection wherever one begins, or where none is at hand."""
-        self._added = []
+        self.learner.begin_step()
         batches: list[Batch] = []
         collections = 0
         for number in range(num_batches):
@@ -369,7 +362,8 @@ class GRPOTrainer(Trainer):
         moved = slices[remaining:]
         if moved:
             later = torch.unique(torch.cat(moved))
-            if self._skips_silent_rows and distributed.world_size() == 1:  # ranks must run the model equally often
+            alone = distributed.world_size() == 1  # else ranks must run the model equally often
+            if alone and self.learner.skips_silent_rows:
                 later = later[carries_signal(batch)[later]]
             self.collector.add_old(self.model_wrapped, batch, later)
         parts = [batch.rows(index) for index in slices]
@@ -384,7 +378,7 @@ class GRPOTrainer(Trainer):
         """
         args = self.args
         own = args.top_entropy_quantile < 1.0 or (args.algorithm == "grpo" and args.loss_type == "bnpo")
-        if own or not self._skips_silent_rows:
+        if own or not self.learner.skips_silent_rows:
             return slices
         return carrying_together(slices, carries_signal(batch), first=first, window=args.gradient_accumulation_steps)
 
@@ -406,7 +400,7 @@ class GRPOTrainer(Trainer):
         ]
 
     def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Add the gradient of one micro-batch, chunk by chunk.
+        """Add the gradient of one micro-batch.
 
         Returns:
             This rank's share of the loss of the optimizer batch, times the number of ranks (which are averaged over).
@@ -415,84 +409,10 @@ class GRPOTrainer(Trainer):
         if callable(prepare := getattr(self.optimizer, "train", None)):  # a schedule-free optimizer
             prepare()
         with self.stopwatch.timed("learn"):
-            total = self._gradient_within_memory(model, inputs)
+            total = self.learner.add_gradient(model, inputs)
             self.stopwatch.count_tokens("learn", int(inputs.batch.num_written.sum()))
         self._release_cache()
         return total
-
-    def _gradient_within_memory(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        """`_add_gradient`, again with smaller chunks where the accelerator's memory did not suffice.
-
-        A failed pass may have left a part of its gradient, so the optimizer step's gradient is made anew from its first
-        micro-batch on: the update is the one that more memory would have given.
-        """
-        while True:
-            try:
-                total = self._add_gradient(model, inputs)
-                self._added.append(inputs)
-                return total
-            except torch.OutOfMemoryError as error:
-                self._make_room(error, inputs.batch)
-            model.zero_grad()  # here, where the error no longer holds the failed pass
-            for earlier in self._added:
-                self._add_gradient(model, dataclasses.replace(earlier, mode=None))
-
-    def _make_room(self, error: Exception, batch: Batch) -> None:
-        """Halve the chunks; raise `error` where that can't help."""
-        if distributed.world_size() > 1:  # the others are past a collective, or wait in one
-            error.add_note(
-                "Set max_tokens_per_chunk to bound the memory; with one process gmpo finds the bound itself."
-            )
-            raise error
-        chunks = (batch.rows(rows) for rows in self._chunks(batch, self._rows_with_gradient(batch)[0]))
-        largest = max(chunks, key=self.scorer.tokens)
-        if len(largest) == 1:
-            error.add_note("A single completion with its prompt does not fit. Lower max_completion_length.")
-            raise error
-        tokens = self.scorer.tokens(largest)
-        self.max_tokens_per_chunk = tokens // 2
-        warnings.warn(
-            f"Out of memory in a chunk of {tokens} tokens: the step is repeated with at most {tokens // 2}. Set "
-            f"max_tokens_per_chunk={tokens // 2} to begin there.",
-            stacklevel=2,
-        )
-
-    def _add_gradient(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
-        batch = inputs.batch
-        select = self._select(model, batch)
-        carrying, counted = self._rows_with_gradient(batch)
-        chunks = self._chunks(batch, carrying)
-        total = torch.zeros((), device=self.args.device)
-        statistics = Statistics()
-        for number, rows in enumerate(chunks):
-            chunk = dataclasses.replace(inputs, batch=batch.rows(rows))
-            with self._synchronised_only(model, last=number == len(chunks) - 1):
-                with self.compute_loss_context_manager():
-                    loss, seen = self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]])
-                self._backward(loss * distributed.world_size())
-            total += loss.detach() * distributed.world_size()
-            statistics.update(seen)
-        if not len(chunks):
-            self._leave_zero_gradients(model)
-        if inputs.mode is not None:
-            self._count(batch, carrying, statistics if counted else Statistics())
-        return total
-
-    def _count(self, batch: Batch, carrying: Tensor, statistics: Statistics) -> None:
-        """Take what was seen in a micro-batch into the metrics, and into the controller of the entropy bonus."""
-        if self._skips_silent_rows:
-            statistics.means["signal/rows"] = (float(len(carrying)), float(len(batch)))
-        self.metrics.add(statistics)
-        if self.entropy_bonus.adaptive and "entropy" in statistics.means:
-            old, new = self._step_entropy, statistics.means["entropy"]
-            self._step_entropy = (old[0] + new[0], old[1] + new[1])
-
-    @staticmethod
-    def _leave_zero_gradients(model: nn.Module) -> None:
-        """What a backward pass of rows without signal leaves: the optimizer's momentum still moves the weights."""
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
 
     def compute_loss(
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -500,83 +420,10 @@ class GRPOTrainer(Trainer):
         """The differentiable share of `inputs` in the loss of its optimizer batch, a scalar."""
         if return_outputs:
             raise ValueError("gmpo's loss has no model outputs to return: call compute_loss with return_outputs=False.")
-        loss, statistics = self._chunk_loss(model, inputs, self._select(model, inputs.batch))
+        loss, statistics = self.learner.loss(model, inputs, self.learner.select(model, inputs.batch))
         if inputs.mode is not None:
             self.metrics.add(statistics, mode=inputs.mode)
         return loss
-
-    def _chunk_loss(self, model: nn.Module, inputs: MicroBatch, select: Tensor) -> tuple[Tensor, Statistics]:
-        batch = inputs.batch
-        statistics = Statistics()
-
-        def loss_of(scores: Scores, rows: Tensor) -> Tensor:
-            part = batch.rows(rows)
-            loss, seen = self.objective.loss(
-                objective_inputs(part, scores, select[rows, : part.mask.shape[1]]),
-                inputs.denominators,
-                progress=self.state.global_step / max(1, self.state.max_steps),
-                entropy_coef=self.entropy_bonus.coef,
-            )
-            statistics.update(seen)
-            return loss
-
-        router_weight = self.args.router_aux_loss_coef * len(batch) / inputs.denominators.rows
-        loss = self.scorer.loss(
-            model,
-            batch,
-            loss_of,
-            router_of=lambda router_loss: router_weight * router_loss,
-            want_entropy_grad=self.entropy_bonus.coef != 0.0,
-        )
-        return loss, statistics
-
-    def _chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        """`rows` ([b] int64) cut into forward chunks; as many on every rank where a sharded model needs all of them."""
-        limit: int | None = self.max_tokens_per_chunk
-        part = batch.rows(rows)
-        chunks = [chunk.cpu() for chunk in self.scorer.chunks(part, limit)] if len(rows) else []
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            chunks = distributed.as_many_everywhere(chunks)
-        return [rows[chunk] for chunk in chunks]
-
-    def _rows_with_gradient(self, batch: Batch) -> tuple[Tensor, bool]:
-        """Indices of the rows that can move the policy, and whether they count.
-
-        Where none can, but other ranks wait for our backward pass, one row goes through the model without counting.
-        """
-        everything = torch.arange(len(batch))
-        if not self._skips_silent_rows:
-            return everything, True
-        carrying = carries_signal(batch).nonzero().flatten()
-        others_wait = distributed.world_size() > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return (carrying, True) if len(carrying) or not others_wait else (everything[:1], False)
-
-    @property
-    def _skips_silent_rows(self) -> bool:
-        """Whether rows with an advantage of 0 move nothing, and may stay out of the passes."""
-        other_terms = self.args.beta > 0 or self.entropy_bonus.coef != 0.0 or self._routed
-        return self.args.zero_signal_groups != "keep" and not other_terms
-
-    def _select(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[B, T] the tokens that may receive policy gradient: those of high entropy over all ranks, or all."""
-        quantile: float = self.args.top_entropy_quantile
-        if quantile >= 1.0:
-            return batch.mask
-        entropy = self.collector.entropy(model, batch)
-        threshold = entropy_threshold(distributed.gathered(entropy[batch.mask]), quantile)
-        return high_entropy_tokens(batch.mask, entropy, threshold)
-
-    @contextlib.contextmanager
-    def _synchronised_only(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Gradients of the ranks meet in the last chunk of a micro-batch alone."""
-        state = self.accelerator.gradient_state
-        wanted = state.sync_gradients
-        state._set_sync_gradients(wanted and last)
-        try:
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(wanted)
 
     def _backward(self, loss: Tensor) -> None:
         options: dict[str, Any] = {}
@@ -615,15 +462,9 @@ class GRPOTrainer(Trainer):
         if self.reference is not None:
             self.collector.add_reference(self.reference, model, batch)
         (denominators,) = self._denominators([batch])
-        total = torch.zeros(())
-        with torch.no_grad(), self.compute_loss_context_manager():
-            select = self._select(model, batch)
-            for rows in self._chunks(batch, torch.arange(len(batch))):
-                chunk = MicroBatch(batch.rows(rows), denominators)
-                share, seen = self._chunk_loss(model, chunk, select[rows, : chunk.batch.mask.shape[1]])
-                total += share.cpu()
-                self.metrics.add(seen, mode="eval")
-        self.metrics.add(Statistics(means={"loss": (float(total) * denominators.rows, float(len(batch)))}), mode="eval")
+        total, seen = self.learner.value(model, MicroBatch(batch, denominators))
+        seen.means["loss"] = (float(total) * denominators.rows, float(len(batch)))
+        self.metrics.add(seen, mode="eval")
         loss = total.to(args.device)
         if prediction_loss_only or self.compute_metrics is None:
             return loss, None, None
@@ -797,32 +638,13 @@ class BetweenSteps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.policy_version.moved()
-        if trainer.entropy_bonus.adaptive:
-            total, count = distributed.reduced(
-                torch.stack([torch.as_tensor(v) for v in trainer._step_entropy])
-            ).tolist()
-            trainer.entropy_bonus.update(total / count if count else math.nan)
-            trainer._step_entropy = (torch.zeros(()), torch.zeros(()))
+        trainer.learner.end_step()
         if trainer.reference_sync is not None:
             trainer.reference_sync.after_step(trainer.unwrapped_policy(), state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._pending = []
         self.trainer.completion_log.close()
-
-
-def objective_inputs(batch: Batch, scores: Scores, select: Tensor) -> ObjectiveInputs:
-    """The objective's view of scored rows.  Where no old log-probs are kept, the policy is still the old one."""
-    return ObjectiveInputs(
-        logps=scores.logps,
-        old_logps=scores.logps.detach() if batch.old_logps is None else batch.old_logps,
-        advantages=batch.advantages[:, None],
-        mask=batch.mask,
-        select=select,
-        sampler_logps=batch.sampler_logps,
-        ref_logps=batch.ref_logps,
-        entropy=scores.entropy,
-    )
 
 
 def scored_completions(collection: Collection, names: list[str]) -> ScoredCompletions:

@@ -22,6 +22,7 @@ FLOORS = {
     "report": 3,
     "arguments": 4,
     "collect": 4,
+    "learn": 4,
     "config": 4,
     "checkpoint": 4,
     "trainer": 4,

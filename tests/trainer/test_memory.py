@@ -51,7 +51,7 @@ def test_the_update_is_that_of_enough_memory(make_trainer, weights, accumulation
     expected, plain, _ = run(make_trainer, weights, **options)
     with pytest.warns(UserWarning, match=r"Out of memory in a chunk of \d+ tokens: the step is repeated"):
         found, trainer, failures = run(make_trainer, weights, tokens=30, after=after, **options)
-    assert len(failures) >= 1 and trainer.max_tokens_per_chunk <= 30
+    assert len(failures) >= 1 and trainer.learner.max_tokens_per_chunk <= 30
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)  # Llama norms in float32
     for mine, theirs in zip(trainer.state.log_history, plain.state.log_history, strict=True):
@@ -67,10 +67,10 @@ def test_a_completion_that_does_not_fit_alone_is_an_error(make_trainer, weights)
 
 def test_of_several_ranks_none_starts_a_collective_where_its_memory_runs_out(make_trainer, monkeypatch):
     trainer, met = make_trainer(), []
-    monkeypatch.setattr("gmpo.trainer.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("gmpo.trainer.distributed.reduced", lambda *given: met.append(given) or torch.ones(()))
-    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr("gmpo.learn.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("gmpo.learn.distributed.reduced", lambda *given: met.append(given) or torch.ones(()))
+    trainer.learner.in_step = True
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        trainer._make_room(torch.OutOfMemoryError("no room"), make_batch())
+        trainer.learner.make_room(torch.OutOfMemoryError("no room"), make_batch())
     assert any("Set max_tokens_per_chunk" in note for note in caught.value.__notes__)
     assert met == []
