@@ -24,14 +24,17 @@ def meeting_device() -> torch.device:
 
 
 def reduced(values: Tensor, operation: str = "sum") -> Tensor:
-    """`values` summed ("sum"), or their smallest ("min") or largest ("max"), over all ranks.  Every rank must call."""
+    """`values` summed ("sum"), or their smallest ("min") or largest ("max"), over all ranks.  Every rank must call.
+
+    They may lie anywhere, and the result lies there too.
+    """
     if world_size() == 1:
         return values
-    result = values.clone()
+    result = values.to(meeting_device(), copy=True)
     dist.all_reduce(
         result, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[operation]
     )
-    return result
+    return result.to(values.device)
 
 
 def gathered(values: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def any_rank(flag: bool) -> bool:
 
 def as_many_everywhere(parts: list[Tensor]) -> list[Tensor]:
     """`parts` ([n] each), with empty ones behind them until every rank has as many.  Every rank must call."""
-    most = int(reduced(torch.tensor(len(parts), device=meeting_device()), "max"))
+    most = int(reduced(torch.tensor(len(parts)), "max"))
     return parts + [torch.zeros(0, dtype=torch.int64) for _ in range(most - len(parts))]
 
 
