@@ -144,6 +144,7 @@ def _held_whole(parameters: list[Any]) -> Iterator[None]:
                 parameter.ds_active_sub_modules.discard(HOLDER)
 
 
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # names of what torch wraps, in the module tree
 HOLDER = "gmpo"  # stands where DeepSpeed puts the number of a module that is being run
 
 

@@ -5,6 +5,7 @@ supervised training in two places: an optimizer step first sees that there are c
 (`get_batch_samples`), and a micro-batch's gradient is taken chunk by chunk (`training_step`).
 """
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -243,6 +244,15 @@ class GRPOTrainer(Trainer):
         set_tensorboard_folder(self.callback_handler.callbacks, args.logging_dir)
         self.add_callback(JsonlCallback)
         self.add_callback(BetweenSteps(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With logits and sums of gradients in float32, which FSDP2 would round to what the layers compute in."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+            )
 
     def unwrapped_policy(self) -> Any:
         """The policy without DDP, DeepSpeed or compile around it."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gmpo.distributed import resharded, whole, whole_parameters
+from gmpo.distributed import WRAPPERS, resharded, whole, whole_parameters
 from gmpo.policy.head import unwrapped
 from gmpo.policy.loading import is_adapted
 
@@ -50,7 +50,7 @@ class FrozenCopy:
 
     def pairs(self, policy: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         """(name, the reference's tensor, the policy's) of every parameter."""
-        mine, theirs = (dict(unwrapped(resharded(model)).named_parameters()) for model in (self.model, policy))
+        mine, theirs = (named_parameters(unwrapped(resharded(model))) for model in (self.model, policy))
         return [(name, tensor, theirs[name]) for name, tensor in mine.items()]
 
 
@@ -82,8 +82,12 @@ class BaseOfAdapter:
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        with find_adapted(policy).disable_adapter():  # pyright: ignore
-            yield policy
+        # PEFT marks what is trained on the parameters that it finds: on FSDP2's shards, not on what a pass made whole
+        with find_adapted(resharded(policy)).disable_adapter():  # pyright: ignore
+            try:
+                yield policy
+            finally:
+                resharded(policy)
 
 
 class AdapterCopy:
@@ -91,7 +95,7 @@ class AdapterCopy:
 
     def __init__(self, policy: nn.Module):
         self.tensors = {
-            name: p.detach().clone() for name, p in find_adapted(policy).named_parameters() if p.requires_grad
+            name: whole(p).clone() for name, p in find_adapted(policy).named_parameters() if p.requires_grad
         }
 
     @contextmanager
@@ -103,16 +107,25 @@ class AdapterCopy:
             self._swap(policy)
 
     def pairs(self, policy: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-        trained = dict(find_adapted(policy).named_parameters())
-        self.tensors = {name: tensor.to(trained[name].device) for name, tensor in self.tensors.items()}
+        trained = named_parameters(find_adapted(resharded(policy)))
+        self.tensors = {name: _sharded_like(trained[name], tensor) for name, tensor in self.tensors.items()}
         return [(name, tensor, trained[name]) for name, tensor in self.tensors.items()]
 
     @torch.no_grad()
     def _swap(self, policy: nn.Module) -> None:
         for _, mine, theirs in self.pairs(policy):
-            held = theirs.detach().clone()
-            theirs.copy_(mine)
-            mine.copy_(held)
+            with _changing(theirs):
+                held = theirs.detach().clone()
+                theirs.copy_(mine)
+                mine.copy_(held)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By the names that they have without what compiles modules or recomputes their activations around them."""
+    return {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): parameter
+        for name, parameter in model.named_parameters()
+    }
 
 
 def find_adapted(model: nn.Module) -> nn.Module:
@@ -145,7 +158,7 @@ class ReferenceSync:
     def state_dict(self) -> dict[str, Tensor]:
         """The reference's tensors by name, on the CPU."""
         if isinstance(self.reference, AdapterCopy):
-            return {name: tensor.detach().cpu() for name, tensor in self.reference.tensors.items()}
+            return {name: whole(tensor).cpu() for name, tensor in self.reference.tensors.items()}
         parameters = unwrapped(resharded(self.reference.model)).named_parameters()
         return {name: whole(parameter).cpu().clone() for name, parameter in parameters}
 
@@ -165,12 +178,17 @@ def _move(mine: Tensor, theirs: Tensor, alpha: float) -> None:
 
 def _load(mine: Tensor, value: Tensor) -> None:
     """Set a parameter, sharded or not, to a whole value."""
-    if hasattr(mine, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements)  # pyright: ignore
     with _changing(mine):
-        mine.copy_(value)
+        mine.copy_(_sharded_like(mine, value))
+
+
+def _sharded_like(parameter: Any, value: Tensor) -> Tensor:
+    """A value where the parameter is, cut as FSDP2 has cut it."""
+    if not hasattr(parameter, "device_mesh") or hasattr(value, "device_mesh"):
+        return value.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def _changing(parameter: Tensor) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from gmpo.policy.shaping import Shaping
 
 TILE_BYTES = 256 * 2**20  # of the logits of one tile on a CPU
 TILE_SHARE = 0.03  # of the memory of an accelerator
+LEAST = 1e-18  # added to the size of a row's gradient: 0 divides nothing then, and its square still is a float32
 SOME_VOCABULARY = 8192  # columns of a 16-bit weight gradient that are added up at once
 
 
@@ -145,7 +146,7 @@ class LinearTiles:
 
         What is left to lose are gradients that go back to the caller in 16 bits: for those there are loss scalers.
         """
-        scale = into_logps.abs() + 1e-30 if into_entropy is None else into_logps.abs() + into_entropy.abs() + 1e-30
+        scale = into_logps.abs() + LEAST if into_entropy is None else into_logps.abs() + into_entropy.abs() + LEAST
         into_entropy = None if into_entropy is None else into_entropy / scale
         self._outputs_to_gradient(into_logps / scale, into_entropy)
         size = scale.norm()  # between what would let the sum of all rows overflow and what would let one vanish

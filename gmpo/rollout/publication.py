@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.distributed import whole
+from gmpo.distributed import WRAPPERS, whole
 from gmpo.rollout.inference import prompt_learning, without_adapter_shell
 
 Piece = tuple[str, Callable[[], Tensor]]  # a weight's name in the module tree, and what makes it whole
@@ -96,7 +96,8 @@ def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if is_adapter_layer(module):
         return
     for child_name, child in module.named_children():
-        yield from walk(child, f"{name}.{child_name}" if name else child_name)
+        parts = [part for part in (name, child_name) if part and part not in WRAPPERS]
+        yield from walk(child, ".".join(parts))
 
 
 def trained_copy(wrapper: Any) -> nn.Module:

@@ -117,6 +117,8 @@ def shard_on_cpus():
         whole(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = sharded
@@ -133,6 +135,7 @@ def assert_same_training(theirs, ours, *, start, rtol=1e-7, atol=1e-8):
     assert any(not torch.equal(value, start[name]) for name, value in ours["weights"].items())
     for name, value in ours["weights"].items():
         torch.testing.assert_close(theirs["weights"][name], value, rtol=rtol, atol=atol)
+    assert {"loss", "reward", "num_tokens"} <= ours["logs"][0].keys()
     for their_entry, entry in zip(theirs["logs"], ours["logs"], strict=True):
         for name in ("loss", "reward", "reward_std", "entropy", "completions/mean_length", "num_tokens"):
             assert their_entry.get(name) == pytest.approx(entry.get(name), rel=1e-5, abs=1e-6), name

@@ -1,5 +1,6 @@
 """Two ranks make the update that one rank makes, whether their weights are copies or sharded."""
 
+import math
 import warnings
 
 import pytest
@@ -20,12 +21,25 @@ CASES = {
     "adapter": {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2},
 }
+ADAPTER, MOVING = CASES["adapter"], CASES["moving reference"]
+IN_THE_HEAD = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)}
+WHOLE_AFTERWARDS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": False}
+RECOMPUTED = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "activation_checkpointing": True}
+FSDP_CASES = {  # what FSDP2 alone has
+    "whole afterwards": {"fsdp_config": WHOLE_AFTERWARDS, **ADAPTER, "beta": 0.1},
+    "recomputed": {"fsdp_config": RECOMPUTED, **MOVING},
+}
 SHARDED_CASES = {
+    "reference of an adapter": {**ADAPTER, "beta": 0.1},
+    "reference of an adapter in the head": {**IN_THE_HEAD, "beta": 0.1},
+    "moving reference of an adapter": {**ADAPTER, **MOVING},
     "generate": {"generation_engine": "generate"},
     "sharded generation": {"ds3_gather_for_generation": False},
     "sharded generation, adapter": {**CASES["adapter"], "ds3_gather_for_generation": False},
     "checkpointing": {"gradient_checkpointing": True},
 }
+ALL = {**CASES, **SHARDED_CASES, **FSDP_CASES}
+MIXED = "mixed precision"
 EXACT = {"dtype": torch.float64}
 ROUNDED = {"dtype": torch.float32}  # ZeRO-3 adds gradients up in float32, whatever they are
 PRECISION = {"copies": EXACT, "fsdp2": EXACT, "zero3": ROUNDED}
@@ -34,8 +48,10 @@ PRECISION = {"copies": EXACT, "fsdp2": EXACT, "zero3": ROUNDED}
 def all_cases(folder, options):
     results = {}
     precision = ROUNDED if "deepspeed" in options else EXACT
-    for name, case in {**CASES, **SHARDED_CASES}.items():
-        run = trainer(folder, 4, **precision, **options, **case)
+    for name, case in {**ALL, MIXED: {**ROUNDED, "bf16": True}}.items():
+        if name in FSDP_CASES and "fsdp" not in options:
+            continue
+        run = trainer(folder, 4, **{**precision, **options, **case})
         run.train()
         results[name] = result_of(run)
     if "fsdp" not in options and "deepspeed" not in options:
@@ -60,14 +76,28 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", marked(KINDS))
-@pytest.mark.parametrize("case", {**CASES, **SHARDED_CASES})
+@pytest.mark.parametrize("case", ALL)
 def test_two_ranks_make_the_update_of_one(tmp_path, two_ranks, kind, case):
-    alone = trainer(str(tmp_path), 8, **PRECISION[kind], **{**CASES, **SHARDED_CASES}[case])
+    if case in FSDP_CASES and kind != "fsdp2":
+        pytest.skip("an option of FSDP2")
+    options = {name: value for name, value in ALL[case].items() if name != "fsdp_config"}
+    alone = trainer(str(tmp_path), 8, **PRECISION[kind], **options)
     start = result_of(alone)["weights"]
     alone.train()
     limits = {"rtol": 1e-7, "atol": 1e-8} if PRECISION[kind] is EXACT else {"rtol": 1e-4, "atol": 1e-5}
     for theirs in two_ranks(kind):
         assert_same_training(theirs[case], result_of(alone), start=start, **limits)
+
+
+@pytest.mark.parametrize("kind", marked(KINDS))
+def test_in_mixed_precision_they_learn_too(tmp_path, two_ranks, kind):
+    """Also where all rows of a rank are silent."""
+    start = result_of(trainer(str(tmp_path), 8, **ROUNDED))["weights"]
+    for rank in two_ranks(kind):
+        weights, logs = rank[MIXED]["weights"], rank[MIXED]["logs"]
+        assert all(torch.isfinite(value).all() and not torch.equal(value, start[n]) for n, value in weights.items())
+        assert all(entry["loss"] != 0 and math.isfinite(entry["grad_norm"]) for entry in logs)
+        assert all(entry["sampling/sampling_logp_difference/mean"] < 0.05 for entry in logs)
 
 
 def test_shards_that_are_asked_for_in_vain_are_told(two_ranks):
