@@ -7,7 +7,7 @@ from torch import nn
 from gmpo.policy import tiles
 from gmpo.policy.fused import fused_loss
 from gmpo.policy.head import Float32Head, Head, Transform
-from gmpo.policy.tiles import token_scores
+from gmpo.policy.tiles import LinearTiles, token_scores
 
 ROWS, HIDDEN, VOCABULARY = 23, 6, 17
 TRANSFORMS = {
@@ -192,3 +192,11 @@ def test_sixteen_bit_heads_keep_gradients_that_are_too_small_for_sixteen_bits(dt
         assert (row - wanted).norm() <= relative * wanted.norm() + rounding * HIDDEN
     for values, wanted in zip(found[1:], expected[1:], strict=False):
         assert (values.float() - wanted).norm() <= relative * wanted.norm() + rounding * values.numel() ** 0.5
+
+
+def test_a_16_bit_tile_of_rows_without_gradient_adds_nothing():
+    tile = LinearTiles(torch.randn(16, 8).bfloat16(), None, torch.bfloat16, Transform())
+    tile.scores(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))
+    into_weight = torch.zeros(16, 8)
+    into_hidden = tile.gradients(torch.zeros(4), None, into_weight, None)
+    assert not into_weight.any() and not into_hidden.any()  # NaN is something
