@@ -248,7 +248,7 @@ class GRPOTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """With logits and sums of gradients in float32, which FSDP2 would round to what the layers compute in."""
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
