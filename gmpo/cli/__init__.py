@@ -43,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(f"gmpo has no command {command!r}.{hint}")
     try:
         importlib.import_module(f"gmpo.cli.{command}").run(arguments[position + 1 :])
-    except USER_ERRORS as error:
-        if options.debug or needs_traceback(error):
+    except (*USER_ERRORS, RuntimeError) as error:
+        for_users = isinstance(error, USER_ERRORS) or getattr(error, "tells_what_to_do", False)
+        if options.debug or not for_users or needs_traceback(error):
             raise
         lines = [f"gmpo {command}: {error}", *getattr(error, "__notes__", ())]
         return complain("\n".join([*lines, f"(gmpo --debug {command} ... shows where this comes from)"]))

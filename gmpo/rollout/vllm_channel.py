@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import socket
 import threading
 import time
@@ -11,6 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gmpo.rollout.vllm_faults import VllmFault
+
+logger = logging.getLogger(__name__)
 
 ANSWER_BYTES = 2**30  # longer answers are no answers
 CONNECT_ATTEMPTS = 3  # before anything is sent, so that nothing can happen twice
@@ -40,6 +43,7 @@ class Channel:
         self.token = token
         self.timeout = timeout
         self.accepted = False  # whether the server has ever taken the token
+        self._open: dict[socket.socket, threading.Event] = {}  # connections, and what tells that one was cut
 
     def get(self, path: str) -> Any:
         return self.call("GET", path)
@@ -108,11 +112,19 @@ class Channel:
         timer = threading.Timer(max(deadline - time.monotonic(), 0.0), cut, [connection.sock, expired])
         timer.daemon = True
         timer.start()
+        sock = connection.sock
+        self._open[sock] = expired
         try:
             yield connection, expired
         finally:
+            del self._open[sock]
             timer.cancel()
             connection.close()
+
+    def hang_up(self) -> None:
+        """End all requests that wait for an answer, in whichever thread: they fail as lost."""
+        for sock, expired in list(self._open.items()):
+            cut(sock, expired)
 
     def _connect(self, deadline: float, what: str) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
@@ -141,11 +153,15 @@ class Channel:
             VllmFault: It is not within `seconds`; says what it was instead.
         """
         deadline = time.monotonic() + seconds
+        told = False
         while problem := self._look(max(min(deadline - time.monotonic(), HEALTH_TIMEOUT), 0.05)):
             if time.monotonic() + PAUSE >= deadline:
                 raise VllmFault(
                     f"No healthy vLLM server at {self.address} within {seconds:g} seconds: {problem} {HOW_TO_START}."
                 )
+            if not told:
+                logger.warning("Waiting up to %g seconds for the vLLM server at %s: %s", seconds, self.address, problem)
+                told = True
             time.sleep(PAUSE)
 
     def _look(self, timeout: float) -> str | None:

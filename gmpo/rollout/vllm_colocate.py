@@ -1,5 +1,7 @@
 """vLLM in the training process: one engine per rank, or per group of ranks that share it by tensor parallelism."""
 
+import dataclasses
+import inspect
 import os
 import random
 import shutil
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 
 from gmpo import distributed
+from gmpo.options import advice
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, without_adapter_shell
 from gmpo.rollout.publication import adapter_obstacle, description, write_adapter
@@ -52,7 +55,8 @@ class ColocatedEngine:
         self.settings = settings
         self.policy = policy
         self.eos = tuple(eos)
-        self.folder = tempfile.mkdtemp(prefix="gmpo-vllm-")
+        self._folder = tempfile.TemporaryDirectory(prefix="gmpo-vllm-", ignore_cleanup_errors=True)
+        self.folder = self._folder.name
         self.joined_group = torch.distributed.is_initialized()  # then the group of all ranks is the trainer's
         self.dtype = engine_dtype(settings, policy(), autocast)
         self.llm: Any = start(settings, policy(), tokenizer, folder=self.folder, dtype=self.dtype)
@@ -156,7 +160,7 @@ class ColocatedEngine:
             stop(self.llm, keep_group=self.joined_group)
             self.llm = None
             self.receiver = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._folder.cleanup()
 
     def _run(self, prompts: list[Any], params: list[Any]) -> list[Any]:
         with undisturbed():
@@ -249,8 +253,19 @@ def start(settings: RolloutSettings, policy: Any, tokenizer: Any, *, folder: str
         except ImportError as error:
             raise ImportError(f"use_vllm=True needs vLLM: pip install 'gmpo[vllm]' ({error}).") from None
 
+        check_known(settings.vllm_engine_kwargs or {}, LLM)  # pyright: ignore[reportArgumentType]
         register()
         return LLM(**engine_arguments(settings, policy, folder=folder, dtype=dtype))
+
+
+def check_known(options: dict[str, Any], llm: Any) -> None:
+    """Raise a ValueError for an engine option that vLLM does not have."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)} | {*inspect.signature(llm).parameters}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"vllm_engine_kwargs has {name!r}, which vLLM does not know.{advice(name, known)}")
 
 
 def check_ranks(tensor_parallel_size: int) -> None:

@@ -14,6 +14,8 @@ class VllmFault(RuntimeError):
         lost: Whether the engine may be gone, or have forgotten the weights, so that a new publication may help.
     """
 
+    tells_what_to_do = True  # the command line shows it without a traceback
+
     def __init__(self, message: str, *, lost: bool = False) -> None:
         super().__init__(message)
         self.lost = lost

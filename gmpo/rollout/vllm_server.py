@@ -256,6 +256,11 @@ class ServerEngine:
                 futures[number] = pool.submit(self._complete, client, requests[number], params, report)
             for number, future in futures.items():
                 done[number] = future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # first, or others would begin in the place of those cut
+            for client in servers:
+                client.channel.hang_up()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

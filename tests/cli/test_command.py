@@ -100,6 +100,13 @@ def test_an_error_of_gmpo_itself_while_training_is_told_by_its_message(command):
     assert cli.main(["made_up"]) == 2
 
 
+def test_what_becomes_of_a_server_is_told_by_its_message(command, capsys):
+    fault = "from gmpo.rollout.vllm_faults import VllmFault as Fault"
+    command(f"{fault}\ndef train(): raise Fault('no server')\ndef run(arguments): train()", file="trainer.py")
+    assert cli.main(["made_up"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_env_prints_a_version_for_each_package_and_the_device(capsys):
     assert cli.main(["env"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

@@ -2,7 +2,9 @@
 
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -104,7 +106,7 @@ def test_waiting_ends_with_what_was_wrong():
         channel(server).wait(1.0)
 
 
-def test_waiting_ends_when_the_server_becomes_healthy():
+def test_waiting_is_told_and_ends_when_the_server_becomes_healthy(caplog):
     looks = iter([503, 503])
 
     def health(handler):
@@ -112,9 +114,29 @@ def test_waiting_ends_when_the_server_becomes_healthy():
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    with FakeVllm(answers={"/health": health}) as server:
+    with FakeVllm(answers={"/health": health}) as server, caplog.at_level("WARNING"):
         channel(server).wait(20.0)
         assert server.count("/health") == 3
+    assert [record.getMessage().partition(" the vLLM")[0] for record in caplog.records] == [
+        "Waiting up to 20 seconds for"
+    ]
+
+
+def test_hanging_up_ends_what_waits_in_another_thread():
+    begun, over = threading.Event(), threading.Event()
+
+    def slow(handler):
+        begun.set()
+        over.wait(60)
+
+    with FakeVllm(answers={"/slow": slow}) as server, ThreadPoolExecutor(1) as pool:
+        it = channel(server, timeout=50.0)
+        answer = pool.submit(it.get, "/slow")
+        assert begun.wait(10)
+        it.hang_up()
+        with pytest.raises(VllmFault):
+            answer.result(timeout=10)
+        over.set()
 
 
 def test_an_address_needs_a_scheme():

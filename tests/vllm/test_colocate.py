@@ -310,6 +310,6 @@ def test_sleep_mode_gives_memory_away_after_each_collection(start):
     ]
 
 
-def test_options_that_vllm_refuses_reach_the_user(start):
-    with pytest.raises(Exception, match="nonsense"):
-        start(small_policy(), kwargs={"nonsense": 1})
+def test_options_that_vllm_does_not_know_are_named(start):
+    with pytest.raises(ValueError, match=r"'max_num_seq', which vLLM does not know. Did you mean max_num_seqs\?"):
+        start(small_policy(), kwargs={"max_num_seq": 1})
