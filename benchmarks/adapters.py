@@ -18,7 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import compare
 
 RATES = {"whole model": 2e-5, "adapters": 1e-3}
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.0}
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+    "lora_dropout": 0.0,
+}
 EDGE = 3  # collections that the first and the last reward are means of
 
 
@@ -27,7 +33,9 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=12)
     args = options.parse_args()
     folder = compare.model_folder(args)
-    rewards = {name: trained(folder, adapters=name == "adapters", steps=args.steps)[0] for name in RATES}
+    rewards = {
+        name: trained(folder, adapters=name == "adapters", steps=args.steps)[0] for name in RATES
+    }
     columns = {
         "trained": lambda name: name,
         "reward, first collections": lambda name: f"{first_and_last(rewards[name])[0]:.2f}",
@@ -73,8 +81,12 @@ def trained(folder: Path, *, adapters: bool, steps: int) -> tuple[list[float], A
         )
         trainer.train()
     after = fingerprints(trainer.model.get_base_model() if adapters else trainer.model)
-    assert (before == after) == adapters, "the base has changed" if adapters else "nothing was trained"
-    return [entry["reward"] for entry in trainer.state.log_history if "reward" in entry], trainer.model
+    assert (before == after) == adapters, (
+        "the base has changed" if adapters else "nothing was trained"
+    )
+    return [
+        entry["reward"] for entry in trainer.state.log_history if "reward" in entry
+    ], trainer.model
 
 
 def question(number: int) -> list[dict[str, str]]:
@@ -95,7 +107,9 @@ def lora() -> Any:
 def fingerprints(model: Any) -> dict[str, str]:
     """A hash of every weight that is not an adapter's, by the name that it has without adapters."""
     return {
-        name.replace(".base_layer", ""): hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        name.replace(".base_layer", ""): hashlib.sha256(
+            value.contiguous().numpy().tobytes()
+        ).hexdigest()
         for name, value in model.state_dict().items()
         if "lora_" not in name
     }

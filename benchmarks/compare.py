@@ -36,20 +36,31 @@ class Side:
 
 def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds of each side")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before, not measured")
-    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="folder of the results")
-    parser.add_argument("--label", default="", help="tells sections of one benchmark with different options apart")
+    parser.add_argument(
+        "--results", default=str(ROOT / "benchmarks" / "results"), help="folder of the results"
+    )
+    parser.add_argument(
+        "--label", default="", help="tells sections of one benchmark with different options apart"
+    )
     return parser
 
 
 def model_options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
     """Those of the benchmarks that run a model."""
     parser = options(description, rounds=rounds)
-    parser.add_argument("--model", help="name or path; default: the demo's SmolLM2-135M, made in .cache where missing")
+    parser.add_argument(
+        "--model",
+        help="name or path; default: the demo's SmolLM2-135M, made in .cache where missing",
+    )
     parser.add_argument("--bf16", action="store_true", help="mixed precision; default: float32")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="on both sides; default: off")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="on both sides; default: off"
+    )
     return parser
 
 
@@ -76,16 +87,23 @@ def alternate(program: str, sides: Mapping[str, Side], *, rounds: int, warmup: i
     replies: Replies = {side: [] for side in sides}
     with contextlib.ExitStack() as stack:
         workers = {
-            name: stack.enter_context(Worker(side.python, program, **side.arguments)) for name, side in sides.items()
+            name: stack.enter_context(Worker(side.python, program, **side.arguments))
+            for name, side in sides.items()
         }
         for round in range(-warmup, rounds):
             for side, worker in workers.items():
                 reply = undisturbed(
-                    lambda worker=worker: worker.ask(go=True), worker.pid, tries=TRIES if round >= 0 else 1
+                    lambda worker=worker: worker.ask(go=True),
+                    worker.pid,
+                    tries=TRIES if round >= 0 else 1,
                 )
                 if round >= 0:
                     replies[side].append(reply)
-                print(f"{program}, round {round}, {side}: {reply['seconds']:.3g} s", file=sys.stderr, flush=True)
+                print(
+                    f"{program}, round {round}, {side}: {reply['seconds']:.3g} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return replies
 
 
@@ -95,10 +113,16 @@ def undisturbed(work: Callable[[], Any], pid: int, *, tries: int = TRIES) -> Any
         tries -= 1
         before, start = others_seconds(pid), time.perf_counter()
         result = work()
-        share = (others_seconds(pid) - before) / ((time.perf_counter() - start) * (os.cpu_count() or 1))
+        share = (others_seconds(pid) - before) / (
+            (time.perf_counter() - start) * (os.cpu_count() or 1)
+        )
         if share <= DISTURBED or tries <= 0:
             return result
-        print(f"disturbed: other processes took {share:.0%} of the processors; again", file=sys.stderr, flush=True)
+        print(
+            f"disturbed: other processes took {share:.0%} of the processors; again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def others_seconds(pid: int) -> float:
@@ -117,7 +141,11 @@ def others_seconds(pid: int) -> float:
 
 def median(replies: Replies, side: str, name: str) -> float:
     """The median over the rounds; NaN for a side that did not run."""
-    return statistics.median(reply[name] for reply in replies[side]) if side in replies else float("nan")
+    return (
+        statistics.median(reply[name] for reply in replies[side])
+        if side in replies
+        else float("nan")
+    )
 
 
 def number(replies: Replies, side: str, name: str, *, per: float = 1.0) -> str:
@@ -133,9 +161,15 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
-def ratio(replies: Replies, name: str = "seconds", *, over: str = "peer", under: str = "gmpo") -> str:
+def ratio(
+    replies: Replies, name: str = "seconds", *, over: str = "peer", under: str = "gmpo"
+) -> str:
     """How often the median of the side `under` goes into that of the side `over`."""
-    return f"{median(replies, over, name) / median(replies, under, name):.2f}" if over in replies else "-"
+    return (
+        f"{median(replies, over, name) / median(replies, under, name):.2f}"
+        if over in replies
+        else "-"
+    )
 
 
 def gigabytes(replies: Replies, side: str) -> str:
@@ -153,7 +187,11 @@ def peak(replies: Replies, side: str) -> float:
 
 def table(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> str:
     """A Markdown table: one line per row, each column a function of it."""
-    lines = [list(columns), ["---"] * len(columns), *([column(row) for column in columns.values()] for row in rows)]
+    lines = [
+        list(columns),
+        ["---"] * len(columns),
+        *([column(row) for column in columns.values()] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -198,7 +236,11 @@ def read_sections(path: Path) -> dict[str, str]:
 def header() -> str:
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else cpu()
-    memory = "allocated on the GPU" if on_gpu else "resident, of the whole process with Python and libraries"
+    memory = (
+        "allocated on the GPU"
+        if on_gpu
+        else "resident, of the whole process with Python and libraries"
+    )
     return (
         f"# Measurements of {datetime.date.today().isoformat()}\n\n"
         f"{device}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "

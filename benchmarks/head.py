@@ -22,14 +22,23 @@ def main() -> None:
     args = options.parse_args()
     sizes = {name: getattr(args, name) for name in ("rows", "hidden", "vocabulary", "completion")}
     sides = compare.both(**sizes)
-    sides = {"gmpo": sides["gmpo"], "two passes": Side(sides["gmpo"].python, {"side": "two passes", **sizes})} | sides
-    replies = compare.alternate("benchmarks.programs:head", sides, rounds=args.rounds, warmup=args.warmup)
+    sides = {
+        "gmpo": sides["gmpo"],
+        "two passes": Side(sides["gmpo"].python, {"side": "two passes", **sizes}),
+    } | sides
+    replies = compare.alternate(
+        "benchmarks.programs:head", sides, rounds=args.rounds, warmup=args.warmup
+    )
     columns = {
         "way": lambda side: side,
         "seconds": lambda side: compare.seconds(replies, side),
         "times gmpo": lambda side: compare.ratio(replies, over=side),
-        "memory above, MB": lambda side: f"{max(reply['extra_bytes'] for reply in replies[side]) / 1e6:.0f}",
-        "norm of the weight's gradient": lambda side: f"{compare.median(replies, side, 'gradient_norm'):.6g}",
+        "memory above, MB": lambda side: (
+            f"{max(reply['extra_bytes'] for reply in replies[side]) / 1e6:.0f}"
+        ),
+        "norm of the weight's gradient": lambda side: (
+            f"{compare.median(replies, side, 'gradient_norm'):.6g}"
+        ),
     }
     title = f"{args.rows} tokens, hidden states of {args.hidden}, a vocabulary of {args.vocabulary}, float32."
     compare.report("head", title, compare.table(list(replies), columns), args)

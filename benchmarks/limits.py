@@ -37,7 +37,10 @@ class Limits:
     @cache  # noqa: B019 (there is one of these objects)
     def decoding(self, rows: int) -> float:
         """Seconds of a pass of `rows` tokens through all weights, which no cache holds."""
-        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in self.linears}
+        inputs = {
+            w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device)
+            for w in self.linears
+        }
 
         def work(how: Callable[[Tensor, Tensor], Tensor]) -> None:
             for weight in self.linears:
@@ -64,10 +67,21 @@ class Limits:
 
 def measured(model: str, dtype: torch.dtype = torch.float32) -> Limits:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    causal: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False)
+    causal: Any = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False)
+    )
     head = causal.get_output_embeddings()
-    linears = [module.weight for module in causal.modules() if isinstance(module, nn.Linear) and module is not head]
-    return Limits(products(torch.float32, device), products(torch.bfloat16, device), [*linears, head.weight], dtype)
+    linears = [
+        module.weight
+        for module in causal.modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    return Limits(
+        products(torch.float32, device),
+        products(torch.bfloat16, device),
+        [*linears, head.weight],
+        dtype,
+    )
 
 
 def products(dtype: torch.dtype, device: torch.device) -> float:
@@ -94,7 +108,12 @@ def table(limits: Limits) -> str:
     for count in ROWS:
         seconds = limits.decoding(count)
         rate = limits.weight_bytes() / seconds / 1e9
-        rows.append((f"all weights of the model through {count} rows", f"{1e3 * seconds:.0f} ms, {rate:.1f} GB/s"))
+        rows.append(
+            (
+                f"all weights of the model through {count} rows",
+                f"{1e3 * seconds:.0f} ms, {rate:.1f} GB/s",
+            )
+        )
     return compare.table(rows, {"work": lambda row: row[0], "rate": lambda row: row[1]})
 
 

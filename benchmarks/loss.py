@@ -43,7 +43,9 @@ IN_A_MICRO_BATCH = 2
 
 def main() -> None:
     parser = compare.model_options(__doc__)
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", choices=[prompt for prompt, _ in CASES])
+    parser.add_argument(
+        "--prompt-tokens", type=int, nargs="+", choices=[prompt for prompt, _ in CASES]
+    )
     args = parser.parse_args()
     model = compare.model_folder(args)
     cases = [case for case in CASES if args.prompt_tokens is None or case[0] in args.prompt_tokens]
@@ -56,13 +58,17 @@ def main() -> None:
     compare.report("loss", "Forward and backward of a group of 8 completions.", text, args)
 
 
-def group(model: str, prompt: int, lengths: tuple[int, ...], args: argparse.Namespace) -> compare.Replies:
+def group(
+    model: str, prompt: int, lengths: tuple[int, ...], args: argparse.Namespace
+) -> compare.Replies:
     """Both sides on one group of random tokens of the given sizes."""
     with tempfile.TemporaryDirectory() as folder:
         batch = str(Path(folder, "batch.safetensors"))
         save_file(random_rows(model, 1, prompt, lengths), batch)
         sides = compare.both(model=model, batch=batch, options=options(args, lengths))
-        return compare.alternate("benchmarks.programs:learner", sides, rounds=args.rounds, warmup=args.warmup)
+        return compare.alternate(
+            "benchmarks.programs:learner", sides, rounds=args.rounds, warmup=args.warmup
+        )
 
 
 def without_signal(model: str, args: argparse.Namespace) -> compare.Replies:
@@ -74,10 +80,15 @@ def without_signal(model: str, args: argparse.Namespace) -> compare.Replies:
         save_file(rows, batch)
         common = {"model": model, "batch": batch, "rows": IN_A_MICRO_BATCH * len(USUAL)}
         sides = {
-            choice: Side(sys.executable, {**common, "options": {**options(args, USUAL), "zero_signal_groups": choice}})
+            choice: Side(
+                sys.executable,
+                {**common, "options": {**options(args, USUAL), "zero_signal_groups": choice}},
+            )
             for choice in ("skip", "keep")
         }
-        return compare.alternate("benchmarks.programs:collection", sides, rounds=args.rounds, warmup=args.warmup)
+        return compare.alternate(
+            "benchmarks.programs:collection", sides, rounds=args.rounds, warmup=args.warmup
+        )
 
 
 def options(args: argparse.Namespace, lengths: tuple[int, ...]) -> dict[str, Any]:
@@ -90,14 +101,18 @@ def options(args: argparse.Namespace, lengths: tuple[int, ...]) -> dict[str, Any
     }
 
 
-def random_rows(model: str, groups: int, prompt: int, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def random_rows(
+    model: str, groups: int, prompt: int, lengths: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
     vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor(lengths * groups)
     within = torch.arange(max(lengths)) < size[:, None]
     return {
         "prompts": torch.randint(10, vocabulary, (groups, prompt), generator=generator),
-        "completions": torch.randint(10, vocabulary, within.shape, generator=generator).where(within, 0),
+        "completions": torch.randint(10, vocabulary, within.shape, generator=generator).where(
+            within, 0
+        ),
         "lengths": size,
         "advantages": torch.randn(len(size), generator=generator),
     }
@@ -105,7 +120,11 @@ def random_rows(model: str, groups: int, prompt: int, lengths: tuple[int, ...]) 
 
 def completions(case: Case) -> str:
     low, high = min(case.lengths), max(case.lengths)
-    return str(low) if low == high else f"{low}-{high}, mean {sum(case.lengths) / len(case.lengths):.0f}"
+    return (
+        str(low)
+        if low == high
+        else f"{low}-{high}, mean {sum(case.lengths) / len(case.lengths):.0f}"
+    )
 
 
 def apart(replies: compare.Replies, one: str, other: str) -> str:

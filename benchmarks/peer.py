@@ -17,7 +17,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "GMPO_PEER_PYTHON"
-MISSING = f"The peer is not installed: run `make peer`, or name a Python that has TRL in {VARIABLE}."
+MISSING = (
+    f"The peer is not installed: run `make peer`, or name a Python that has TRL in {VARIABLE}."
+)
 
 
 def peer_python() -> str | None:
@@ -29,7 +31,9 @@ def peer_python() -> str | None:
     named = os.environ.get(VARIABLE)
     if named:
         if not os.path.exists(named):
-            raise ValueError(f"{VARIABLE}={named!r} does not exist. Name the python of an environment that has TRL.")
+            raise ValueError(
+                f"{VARIABLE}={named!r} does not exist. Name the python of an environment that has TRL."
+            )
         return named
     built = ROOT / ".venv-peer"
     return str(built / "bin" / "python") if (built / "ready").exists() else None
@@ -43,7 +47,12 @@ class Worker:
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.peer", program, json.dumps(arguments)],
             cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONUNBUFFERED": "1",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -78,7 +87,9 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.program} ended with exit code {self._process.wait()}; its error is above.")
+            raise RuntimeError(
+                f"{self.program} ended with exit code {self._process.wait()}; its error is above."
+            )
         return json.loads(line)
 
     def ask(self, **message: Any) -> dict[str, Any]:
@@ -91,7 +102,9 @@ class Channel:
 
     def __init__(self):
         self._replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the replies
+        os.dup2(
+            sys.stderr.fileno(), sys.stdout.fileno()
+        )  # what libraries print must not mix with the replies
 
     def send(self, **message: Any) -> None:
         self._replies.write(json.dumps(message) + "\n")

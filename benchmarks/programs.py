@@ -38,7 +38,9 @@ PARTS = {  # where a step's time goes: (path from the trainer to what is called,
 }
 
 
-def make_trainer(side: str, *, model: str, prompts: list[Any], reward: Callable[..., Any], options: dict) -> Any:
+def make_trainer(
+    side: str, *, model: str, prompts: list[Any], reward: Callable[..., Any], options: dict
+) -> Any:
     """The side's GMPOTrainer, in a scratch folder, with nothing logged or saved."""
     from datasets import Dataset
 
@@ -105,7 +107,13 @@ class Parts:
 
 
 def steps(
-    channel: Any, *, side: str, model: str, prompts: list[Any], options: dict[str, Any], updates: int = 1
+    channel: Any,
+    *,
+    side: str,
+    model: str,
+    prompts: list[Any],
+    options: dict[str, Any],
+    updates: int = 1,
 ) -> None:
     """Make `updates` optimizer steps per message, with the collection before them; tell what it took."""
     counts, parts = {"tokens": 0, "longest": 0}, Parts()
@@ -116,7 +124,9 @@ def steps(
         counts["longest"] = max(counts["longest"], *map(len, completion_ids))
         return [hashlib.sha256(str(ids).encode()).digest()[0] / 255 for ids in completion_ids]
 
-    trainer = make_trainer(side, model=model, prompts=prompts, reward=parts.timed("reward", reward), options=options)
+    trainer = make_trainer(
+        side, model=model, prompts=prompts, reward=parts.timed("reward", reward), options=options
+    )
     watch_parts(trainer, side, parts)
     trainer.add_callback(Paced(channel, counts, parts, updates))
     trainer.train()
@@ -144,7 +154,9 @@ class Paced(TrainerCallback):
         if state.global_step % self.updates:
             return
         taken = clock() - self.start
-        self.channel.send(seconds=taken, peak_bytes=peak_bytes(), parts=self.parts.drain(taken), **self.counts)
+        self.channel.send(
+            seconds=taken, peak_bytes=peak_bytes(), parts=self.parts.drain(taken), **self.counts
+        )
         self.counts.update(tokens=0, longest=0)
         self._wait(control)
 
@@ -163,20 +175,28 @@ def learner(channel: Any, *, side: str, model: str, batch: str, options: dict[st
     Args:
         batch: Safetensors file: "prompts" [1, P], "completions" [B, T] padded with 0, "lengths" [B], "advantages" [B].
     """
-    trainer = make_trainer(side, model=model, prompts=["a"], reward=lambda ids, **_: [0.0] * len(ids), options=options)
+    trainer = make_trainer(
+        side, model=model, prompts=["a"], reward=lambda ids, **_: [0.0] * len(ids), options=options
+    )
     trainer.current_gradient_accumulation_steps = 1
     wrapped = trainer.accelerator.prepare_model(trainer.model)
     wrapped.train()
-    inputs = INPUTS[side]({name: value.to(trainer.args.device) for name, value in load_file(batch).items()})
+    inputs = INPUTS[side](
+        {name: value.to(trainer.args.device) for name, value in load_file(batch).items()}
+    )
     while channel.receive() is not None:
         start = clock()
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(wrapped, inputs)
         trainer.accelerator.backward(loss)
         seconds = clock() - start
-        norm = torch.nn.utils.get_total_norm([p.grad for p in wrapped.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in wrapped.parameters() if p.grad is not None]
+        )
         wrapped.zero_grad()
-        channel.send(seconds=seconds, peak_bytes=peak_bytes(), loss=loss.item(), gradient_norm=norm.item())
+        channel.send(
+            seconds=seconds, peak_bytes=peak_bytes(), loss=loss.item(), gradient_norm=norm.item()
+        )
 
 
 def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any], rows: int) -> None:
@@ -189,12 +209,18 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
     from gmpo.data.micro_batches import carries_signal, carrying_together
     from gmpo.learn import MicroBatch
 
-    trainer = make_trainer("gmpo", model=model, prompts=["a"], reward=lambda **_: [], options=options)
+    trainer = make_trainer(
+        "gmpo", model=model, prompts=["a"], reward=lambda **_: [], options=options
+    )
     trainer.current_gradient_accumulation_steps = 1
     wrapped = trainer.accelerator.prepare_model(trainer.model)
-    whole = gmpo_inputs({name: value.to(trainer.args.device) for name, value in load_file(batch).items()})
+    whole = gmpo_inputs(
+        {name: value.to(trainer.args.device) for name, value in load_file(batch).items()}
+    )
     micro_batches = list(torch.arange(len(whole.batch)).split(rows))
-    if trainer.args.zero_signal_groups != "keep":  # as the trainer does between collecting and learning
+    if (
+        trainer.args.zero_signal_groups != "keep"
+    ):  # as the trainer does between collecting and learning
         signal = carries_signal(whole.batch)
         micro_batches = carrying_together(micro_batches, signal, first=len(micro_batches), window=1)
     parts = [MicroBatch(whole.batch.rows(index), whole.denominators) for index in micro_batches]
@@ -202,9 +228,13 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
         start = clock()
         loss = sum(trainer.training_step(wrapped, part) for part in parts)
         seconds = clock() - start
-        norm = torch.nn.utils.get_total_norm([p.grad for p in wrapped.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in wrapped.parameters() if p.grad is not None]
+        )
         wrapped.zero_grad()
-        channel.send(seconds=seconds, peak_bytes=peak_bytes(), loss=float(loss), gradient_norm=norm.item())
+        channel.send(
+            seconds=seconds, peak_bytes=peak_bytes(), loss=float(loss), gradient_norm=norm.item()
+        )
 
 
 def gmpo_inputs(rows: dict[str, Tensor]) -> Any:
@@ -237,7 +267,9 @@ def peer_inputs(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": completions,
-        "completion_mask": (torch.arange(completions.shape[1], device=lengths.device) < lengths[:, None]).long(),
+        "completion_mask": (
+            torch.arange(completions.shape[1], device=lengths.device) < lengths[:, None]
+        ).long(),
         "advantages": rows["advantages"],
         "num_items_in_batch": lengths.sum(),
     }
@@ -249,7 +281,9 @@ INPUTS = {"gmpo": gmpo_inputs, "peer": peer_inputs}
 # -- the vocabulary head alone -----------------------------------------------------------------------------------------
 
 
-def head(channel: Any, *, side: str, rows: int, hidden: int, vocabulary: int, completion: int) -> None:
+def head(
+    channel: Any, *, side: str, rows: int, hidden: int, vocabulary: int, completion: int
+) -> None:
     """Take log-probs, entropies, and the gradients of a weighted sum of the log-probs, once per message."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -264,10 +298,14 @@ def head(channel: Any, *, side: str, rows: int, hidden: int, vocabulary: int, co
         HEADS[side](states, linear, targets, weights, completion).backward()
         seconds = clock() - start
         extra = peak_bytes() - before - linear.weight.nbytes - states.nbytes  # less the gradients
-        channel.send(seconds=seconds, extra_bytes=extra, gradient_norm=linear.weight.grad.norm().item())
+        channel.send(
+            seconds=seconds, extra_bytes=extra, gradient_norm=linear.weight.grad.norm().item()
+        )
 
 
-def gmpo_head(states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int) -> Tensor:
+def gmpo_head(
+    states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int
+) -> Tensor:
     """Tiles of as many whole completions as fit."""
     from gmpo.policy.fused import fused_loss
     from gmpo.policy.tiles import tile_rows
@@ -275,18 +313,26 @@ def gmpo_head(states: Tensor, linear: Any, targets: Tensor, weights: Tensor, com
     size = max(1, tile_rows(len(linear.weight), 4, states.device) // completion) * completion
     parts = weights.split(size)
     return fused_loss(
-        states, linear, targets, [len(part) for part in parts], lambda tile, logps, _: logps @ parts[tile]
+        states,
+        linear,
+        targets,
+        [len(part) for part in parts],
+        lambda tile, logps, _: logps @ parts[tile],
     )
 
 
-def two_passes(states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int) -> Tensor:
+def two_passes(
+    states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int
+) -> Tensor:
     from gmpo.policy.head import Head
     from gmpo.policy.tiles import token_scores
 
     return token_scores(states, Head(linear), targets, want_entropy_grad=False)[0] @ weights
 
 
-def peer_head(states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int) -> Tensor:
+def peer_head(
+    states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int
+) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 

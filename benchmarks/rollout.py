@@ -49,15 +49,22 @@ def main() -> None:
     folder = compare.model_folder(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    models = {side: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval() for side in SIDES}
+    models = {
+        side: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        for side in SIDES
+    }
     use_onednn(models["gmpo"])  # as gmpo does with a policy
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cases = [Case(*sizes) for sizes in CASES]
     for case in cases:
         prompts = tokenized(tokenizer, folder, case)
         sides = {
-            "gmpo": ours(models["gmpo"], tokenizer, prompts, case.completions, args.completion_tokens),
-            "generate": theirs(models["generate"], tokenizer, prompts, case.completions, args.completion_tokens),
+            "gmpo": ours(
+                models["gmpo"], tokenizer, prompts, case.completions, args.completion_tokens
+            ),
+            "generate": theirs(
+                models["generate"], tokenizer, prompts, case.completions, args.completion_tokens
+            ),
         }
         for round in range(-args.warmup, args.rounds):
             for side, work in sides.items():
@@ -65,19 +72,23 @@ def main() -> None:
                 if round >= 0:
                     case.seconds[side].append(seconds)
                     case.tokens[side].append(tokens)
-    title = (
-        f"Generation of at most {args.completion_tokens} tokens per completion, {str(dtype).removeprefix('torch.')}."
-    )
+    title = f"Generation of at most {args.completion_tokens} tokens per completion, {str(dtype).removeprefix('torch.')}."
     compare.report("rollout", title, compare.table(cases, COLUMNS), args)
 
 
 def tokenized(tokenizer: Any, folder: str, case: Case) -> list[list[int]]:
     messages = prompts_of(folder, case.prompt_tokens, count=case.prompts)
-    return [tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"] for m in messages]
+    return [
+        tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"] for m in messages
+    ]
 
 
-def ours(model: Any, tokenizer: Any, prompts: list[list[int]], count: int, budget: int) -> Callable[[], int]:
-    engine = SharedPrefixEngine(lambda: model, tokenizer, eos=ending_tokens(tokenizer, model.generation_config))
+def ours(
+    model: Any, tokenizer: Any, prompts: list[list[int]], count: int, budget: int
+) -> Callable[[], int]:
+    engine = SharedPrefixEngine(
+        lambda: model, tokenizer, eos=ending_tokens(tokenizer, model.generation_config)
+    )
     seeds = iter(range(10**9))
 
     def work() -> int:
@@ -88,10 +99,17 @@ def ours(model: Any, tokenizer: Any, prompts: list[list[int]], count: int, budge
     return work
 
 
-def theirs(model: Any, tokenizer: Any, prompts: list[list[int]], count: int, budget: int) -> Callable[[], int]:
+def theirs(
+    model: Any, tokenizer: Any, prompts: list[list[int]], count: int, budget: int
+) -> Callable[[], int]:
     eos, pad = ending_tokens(tokenizer, model.generation_config), padding_token(tokenizer)
     config = GenerationConfig(
-        max_new_tokens=budget, do_sample=True, temperature=1.0, top_k=0, eos_token_id=list(eos), pad_token_id=pad
+        max_new_tokens=budget,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        eos_token_id=list(eos),
+        pad_token_id=pad,
     )
     ids, mask = left_padded([ids for ids in prompts for _ in range(count)], pad, model.device)
 
@@ -100,7 +118,9 @@ def theirs(model: Any, tokenizer: Any, prompts: list[list[int]], count: int, bud
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         completions = output[:, ids.shape[1] :]
         ended = torch.isin(completions, torch.tensor(eos, device=model.device)).int().cumsum(1)
-        return int((ended == 0).sum() + (ended.sum(1) > 0).sum())  # tokens before the first eos, and that one
+        return int(
+            (ended == 0).sum() + (ended.sum(1) > 0).sum()
+        )  # tokens before the first eos, and that one
 
     return work
 

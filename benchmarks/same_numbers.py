@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from gmpo import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer
@@ -107,6 +107,7 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
             processing_class=tiny_tokenizer(),
             callbacks=[recorder],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
     digest = hashlib.sha256()

@@ -42,7 +42,9 @@ class Point:
         return self.sizes["group"] * (self.sizes["prompt"] + self.sizes["completion"])
 
     def median(self, part: str) -> float:
-        replies = {"gmpo": [{**reply["parts"], "seconds": reply["seconds"]} for reply in self.replies]}
+        replies = {
+            "gmpo": [{**reply["parts"], "seconds": reply["seconds"]} for reply in self.replies]
+        }
         return compare.median(replies, "gmpo", part)
 
 
@@ -61,7 +63,9 @@ def main() -> None:
     picture = Path(args.results, f"{compare.run_name()}-scaling.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     plot(points, picture)
-    text = f"{compare.table(points, COLUMNS)}\n![step time against distinct tokens]({picture.name})\n"
+    text = (
+        f"{compare.table(points, COLUMNS)}\n![step time against distinct tokens]({picture.name})\n"
+    )
     compare.report("scaling", title, text, args)
 
 
@@ -72,7 +76,9 @@ def measured(model: str, sizes: dict[str, int], args: argparse.Namespace) -> lis
         "gmpo",
         model=model,
         prompts=[prompt_of(model, sizes["prompt"])] * 8,
-        reward=parts.timed("reward", lambda completions, **_: [float(n) for n in range(len(completions))]),
+        reward=parts.timed(
+            "reward", lambda completions, **_: [float(n) for n in range(len(completions))]
+        ),
         options={
             "num_generations": sizes["group"],
             "per_device_train_batch_size": sizes["group"],
@@ -127,9 +133,20 @@ def plot(points: list[Point], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name in VARIED:
-        line = sorted((point.distinct, point.median("seconds")) for point in points if point.varied == name)
-        axes.plot(*zip(*line, strict=True), marker="o", label=f"{name} {VARIED[name][0]}-{VARIED[name][-1]}")
-    axes.set(xlabel="distinct tokens of a step", ylabel="seconds of a step", xlim=(0, None), ylim=(0, None))
+        line = sorted(
+            (point.distinct, point.median("seconds")) for point in points if point.varied == name
+        )
+        axes.plot(
+            *zip(*line, strict=True),
+            marker="o",
+            label=f"{name} {VARIED[name][0]}-{VARIED[name][-1]}",
+        )
+    axes.set(
+        xlabel="distinct tokens of a step",
+        ylabel="seconds of a step",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -147,7 +164,9 @@ COLUMNS = {
     "step, s": lambda point: f"{point.median('seconds'):.3g}",
     "generate, s": lambda point: f"{point.median('generate'):.3g}",
     "learn, s": lambda point: f"{point.median('learn'):.3g}",
-    "learn, ms per distinct token": lambda point: f"{1e3 * point.median('learn') / point.distinct:.2f}",
+    "learn, ms per distinct token": lambda point: (
+        f"{1e3 * point.median('learn') / point.distinct:.2f}"
+    ),
 }
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def main() -> None:
     options = compare.model_options(__doc__)
     options.add_argument("--prompt-tokens", type=int, nargs="+", default=[50, 330])
     options.add_argument("--completion-tokens", type=int, default=48)
-    options.add_argument("--prompts", type=int, default=2, help="of a collection, with 8 completions each")
+    options.add_argument(
+        "--prompts", type=int, default=2, help="of a collection, with 8 completions each"
+    )
     options.add_argument("--updates", type=int, default=1, help="optimizer steps of a collection")
     args = options.parse_args()
     model = compare.model_folder(args)
@@ -75,7 +77,9 @@ def measured(model: str, size: int, args: Any) -> compare.Replies:
             "gradient_checkpointing": args.gradient_checkpointing,
         },
     )
-    return compare.alternate("benchmarks.programs:steps", sides, rounds=args.rounds, warmup=args.warmup)
+    return compare.alternate(
+        "benchmarks.programs:steps", sides, rounds=args.rounds, warmup=args.warmup
+    )
 
 
 def prompts_of(model: str, size: int, *, count: int) -> list[list[dict[str, str]]]:
@@ -83,8 +87,16 @@ def prompts_of(model: str, size: int, *, count: int) -> list[list[dict[str, str]
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
 
     def messages(number: int, sentences: int) -> list[dict[str, str]]:
-        filler = [FILLER.format(word=WORDS[(number + day) % len(WORDS)], day=day + 1) for day in range(sentences)]
-        return [{"role": "user", "content": " ".join([*filler, QUESTION.format(a=10 + number, b=90 - number)])}]
+        filler = [
+            FILLER.format(word=WORDS[(number + day) % len(WORDS)], day=day + 1)
+            for day in range(sentences)
+        ]
+        return [
+            {
+                "role": "user",
+                "content": " ".join([*filler, QUESTION.format(a=10 + number, b=90 - number)]),
+            }
+        ]
 
     def length(message: list[dict[str, str]]) -> int:
         return len(tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"])
@@ -111,7 +123,9 @@ def least(machine: Limits, row: Row, part: str) -> float | None:
     written = compare.median(row.replies, "gmpo", "tokens")
     prompts = row.prompts * row.prompt_tokens
     if part == "generate":
-        full = machine.decoding(rows)  # rows that have finished cost little less: the weights are what is read
+        full = machine.decoding(
+            rows
+        )  # rows that have finished cost little less: the weights are what is read
         return machine.reading(prompts) + compare.median(row.replies, "gmpo", "longest") * full
     if part == "learn":
         return machine.learning(prompts + written, written)

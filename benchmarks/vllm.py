@@ -49,14 +49,22 @@ Result = dict[str, Any]
 def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("--steps", type=int, default=144)
-    options.add_argument("--problems", type=int, default=200, help="held-out problems to measure on")
+    options.add_argument(
+        "--problems", type=int, default=200, help="held-out problems to measure on"
+    )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--engines", nargs="+", default=list(FLAGS), choices=list(FLAGS))
-    options.add_argument("--cache", type=Path, default=Path(".cache"), help="folder of the demo's model")
+    options.add_argument(
+        "--cache", type=Path, default=Path(".cache"), help="folder of the demo's model"
+    )
     options.add_argument("--output", type=Path, default=Path("runs/vllm"))
     options.add_argument("--results", default="benchmarks/results")
     args = options.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     model = smollm2.prepared(args.cache)
     for engine in args.engines:
@@ -77,8 +85,26 @@ def run(engine: str, model: Path, folder: Path, args: argparse.Namespace) -> Res
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     precision = demo.precision()
     dtype = "bfloat16" if precision[-1:] == ["true"] else "float32"
-    command = [*(sys.executable, "-m", "gmpo.cli", "train", "--config", str(demo.CONFIG), "--model", str(model))]
-    command += ["--dataset", str(problems), "--output_dir", str(folder), "--max_steps", str(args.steps)]
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "gmpo.cli",
+            "train",
+            "--config",
+            str(demo.CONFIG),
+            "--model",
+            str(model),
+        )
+    ]
+    command += [
+        "--dataset",
+        str(problems),
+        "--output_dir",
+        str(folder),
+        "--max_steps",
+        str(args.steps),
+    ]
     command += ["--seed", str(args.seed), *precision, *FLAGS[engine]]
     with server(model, dtype, folder) if engine == "server" else nullcontext([]) as address:
         start = time.perf_counter()
@@ -86,7 +112,14 @@ def run(engine: str, model: Path, folder: Path, args: argparse.Namespace) -> Res
         seconds = time.perf_counter() - start
     answers = demo.greedy_answers(folder, [problem["prompt"] for problem in measured])
     shares = demo.rates(answers, measured)
-    return {"engine": engine, "seed": args.seed, "seconds": seconds, "dtype": dtype, **shares, **logged(folder)}
+    return {
+        "engine": engine,
+        "seed": args.seed,
+        "seconds": seconds,
+        "dtype": dtype,
+        **shares,
+        **logged(folder),
+    }
 
 
 @contextmanager
@@ -95,9 +128,24 @@ def server(model: Path, dtype: str, folder: Path) -> Iterator[list[str]]:
     with socket.socket() as it:
         it.bind(("127.0.0.1", 0))
         port = it.getsockname()[1]
-    command = [*(sys.executable, "-m", "gmpo.cli", "serve", str(model), "--port", str(port), "--dtype", dtype), *SERVER]
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "gmpo.cli",
+            "serve",
+            str(model),
+            "--port",
+            str(port),
+            "--dtype",
+            dtype,
+        ),
+        *SERVER,
+    ]
     with open(folder / "server.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+        )
     try:
         yield ["--vllm_server_port", str(port), "--vllm_server_timeout", str(STARTING)]
     finally:

@@ -19,7 +19,9 @@ READERS = {
     "ReportSettings": "Report: completions on console, disk and trackers",
 }
 # What `transformers.Trainer` reads, in our words: topic -> option -> meaning.
-INHERITED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("trainer_options.json").read_text("utf-8"))
+INHERITED: dict[str, dict[str, str]] = json.loads(
+    Path(__file__).with_name("trainer_options.json").read_text("utf-8")
+)
 HEAD = """# Configuration
 
 Every option of `GMPOConfig`, by who reads it. `GRPOConfig` has the same, with `epsilon` 0.2 as a bound of the ratio.
@@ -66,10 +68,14 @@ def stage_section(settings: Any, fields: dict[str, dataclasses.Field]) -> str:
         (f"`{f.name}`", default(fields[f.name]), legal(fields[f.name]), help_of(fields[f.name]))
         for f in dataclasses.fields(settings)
     ]
-    return f"## {READERS[settings.__name__]}\n\n" + table(rows, "option", "default", "legal", "meaning")
+    return f"## {READERS[settings.__name__]}\n\n" + table(
+        rows, "option", "default", "legal", "meaning"
+    )
 
 
-def inherited_rows(names: dict[str, str], fields: dict[str, dataclasses.Field]) -> list[tuple[str, ...]]:
+def inherited_rows(
+    names: dict[str, str], fields: dict[str, dataclasses.Field]
+) -> list[tuple[str, ...]]:
     rows = []
     for name, meaning in names.items():
         refused = f" Another value is refused: {REFUSED[name][1]}." if name in REFUSED else ""
@@ -82,7 +88,9 @@ def page() -> str:
     fields = {f.name: f for f in dataclasses.fields(GMPOConfig)}
     parts = [HEAD.strip()]
     parts += [stage_section(settings, fields) for settings in STAGE_SETTINGS]
-    parts.append("## The Trainer: loop, optimizer, checkpoints, logs, hub\n\nRead by `transformers.Trainer`.")
+    parts.append(
+        "## The Trainer: loop, optimizer, checkpoints, logs, hub\n\nRead by `transformers.Trainer`."
+    )
     parts += [
         f"### {topic}\n\n" + table(inherited_rows(names, fields), "option", "default", "meaning")
         for topic, names in INHERITED.items()

@@ -8,9 +8,13 @@ from gmpo.cli.tasks import task_rows
 
 TASK = "chain_sum"
 SIZES = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-HELD_OUT_SEED = 10**9  # entry i of seed s is drawn from s + i, so seeds that are close share their entries
+HELD_OUT_SEED = (
+    10**9
+)  # entry i of seed s is drawn from s + i, so seeds that are close share their entries
 
-_NUMBER = re.compile(r"(?<![\d.])-?\d+(?!\.?\d)")  # a minus right after a digit subtracts, as in 12-4
+_NUMBER = re.compile(
+    r"(?<![\d.])-?\d+(?!\.?\d)"
+)  # a minus right after a digit subtracts, as in 12-4
 
 
 def held_out(count: int) -> list[dict[str, Any]]:
@@ -19,7 +23,9 @@ def held_out(count: int) -> list[dict[str, Any]]:
     return list({row["prompt"]: row for row in rows}.values())[:count]
 
 
-def training_rows(count: int, *, seed: int, without: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def training_rows(
+    count: int, *, seed: int, without: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """`count` rows to train on, as they come (there are just 200 of one digit), and no question of `without`."""
     measured = {row["prompt"] for row in without}
     rows = task_rows(TASK, SIZES | {"seed": seed * 10**6, "size": 2 * count})
@@ -45,5 +51,11 @@ def verifier(completions: Sequence[Any], answer: Sequence[str]) -> list[float]:
     from reasoning_gym import get_score_answer_fn
 
     score = get_score_answer_fn(TASK)
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [float(score(answer=text, entry={"answer": gold})) for text, gold in zip(texts, answer, strict=True)]
+    texts = [
+        completion if isinstance(completion, str) else completion[-1]["content"]
+        for completion in completions
+    ]
+    return [
+        float(score(answer=text, entry={"answer": gold}))
+        for text, gold in zip(texts, answer, strict=True)
+    ]

@@ -42,17 +42,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     after = greedy_answers(options.output, [problem["prompt"] for problem in measured])
 
     accuracy = {"before": rates(before, measured), "after": rates(after, measured)}
-    (options.output / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n", encoding="utf-8")
-    print(table(accuracy, len(measured)), samples(measured, before, after), closing(options.output), sep="\n\n")
+    (options.output / "accuracy.json").write_text(
+        json.dumps(accuracy, indent=2) + "\n", encoding="utf-8"
+    )
+    print(
+        table(accuracy, len(measured)),
+        samples(measured, before, after),
+        closing(options.output),
+        sep="\n\n",
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--steps", type=at_least_one, help="optimizer steps (default: those of demo.yaml)")
-    parser.add_argument("--problems", type=at_least_one, default=200, help="held-out problems to measure on")
-    parser.add_argument("--seed", type=int, default=0, help="of the training: its problems and its sampling")
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for the converted model")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything that is made")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description=str(__doc__).splitlines()[0]
+    )
+    parser.add_argument(
+        "--steps", type=at_least_one, help="optimizer steps (default: those of demo.yaml)"
+    )
+    parser.add_argument(
+        "--problems", type=at_least_one, default=200, help="held-out problems to measure on"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the training: its problems and its sampling"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache"), help="folder for the converted model"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder for everything that is made"
+    )
     return parser.parse_args(arguments)
 
 
@@ -64,8 +83,23 @@ def at_least_one(text: str) -> int:
 
 def train(model: Path, problems: Path, options: argparse.Namespace) -> None:
     """Run `gmpo train` and show it."""
-    command = ["train", "--config", CONFIG, "--model", model, "--dataset", problems, "--output_dir", options.output]
-    command += ["--seed", options.seed, *(["--max_steps", options.steps] if options.steps else []), *precision()]
+    command = [
+        "train",
+        "--config",
+        CONFIG,
+        "--model",
+        model,
+        "--dataset",
+        problems,
+        "--output_dir",
+        options.output,
+    ]
+    command += [
+        "--seed",
+        options.seed,
+        *(["--max_steps", options.steps] if options.steps else []),
+        *precision(),
+    ]
     words = [str(word) for word in command]
     print("\n$ gmpo " + " ".join(words), flush=True)
     finished = subprocess.run([sys.executable, "-m", "gmpo.cli", *words])
@@ -82,7 +116,12 @@ def precision() -> list[str]:
 
     if torch.cuda.is_available():
         return []
-    return ["--use_cpu", "true", "--bf16", str(seconds(torch.bfloat16) < seconds(torch.float32)).lower()]
+    return [
+        "--use_cpu",
+        "true",
+        "--bf16",
+        str(seconds(torch.bfloat16) < seconds(torch.float32)).lower(),
+    ]
 
 
 def seconds(dtype: Any) -> float:
@@ -114,12 +153,20 @@ def greedy_answers(
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     answers: list[str] = []
     for start in range(0, len(questions), rows):
-        conversations = [[{"role": "user", "content": question}] for question in questions[start : start + rows]]
+        conversations = [
+            [{"role": "user", "content": question}] for question in questions[start : start + rows]
+        ]
         inputs = tokenizer.apply_chat_template(
-            conversations, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+            conversations,
+            add_generation_prompt=True,
+            padding=True,
+            return_dict=True,
+            return_tensors="pt",
         )
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers += tokenizer.batch_decode(
+            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     return answers
 
 

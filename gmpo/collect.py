@@ -83,19 +83,29 @@ class Collector:
             collection = self._merged(collection, again, chosen, group_size)
         return collection
 
-    def _written(self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int) -> Collection:
-        rollouts = self._generate(rows, sampling=sampling, group_size=group_size, seed=seed, version=version)
+    def _written(
+        self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int
+    ) -> Collection:
+        rollouts = self._generate(
+            rows, sampling=sampling, group_size=group_size, seed=seed, version=version
+        )
         with self.stopwatch.timed("reward"):
-            scored = together(lambda: score(self.sources, rollouts, rows.rows, trainer_state=self.trainer_state))
+            scored = together(
+                lambda: score(self.sources, rollouts, rows.rows, trainer_state=self.trainer_state)
+            )
         return self._weighed(rows, rollouts, scored, group_size)
 
-    def _weighed(self, rows: Rows, rollouts: list[Rollout], scored: Scored, group_size: int) -> Collection:
+    def _weighed(
+        self, rows: Rows, rollouts: list[Rollout], scored: Scored, group_size: int
+    ) -> Collection:
         """With advantages, which take the rewards of all ranks."""
         all_rewards = distributed.gathered(scored.rewards)
         advantages = group_advantages(all_rewards, group_size, self.reward_settings)
         offset = sum(distributed.gathered_objects(len(rollouts))[: distributed.rank()])
         mine = advantages.advantages[offset : offset + len(rollouts)]
-        batch = as_batch(rollouts, mine, group=group_indices(rows.rows), mask_truncated=self.mask_truncated)
+        batch = as_batch(
+            rollouts, mine, group=group_indices(rows.rows), mask_truncated=self.mask_truncated
+        )
         return Collection(rows, rollouts, scored, all_rewards, advantages, batch)
 
     def _merged(
@@ -107,12 +117,17 @@ class Collector:
         for place, row, rollout in zip(places, new.rows.rows, new.rollouts, strict=True):
             rows[place], rollouts[place] = row, rollout
         merged = self._weighed(
-            replace(old.rows, rows=rows), rollouts, old.scored.replaced(places, new.scored), group_size
+            replace(old.rows, rows=rows),
+            rollouts,
+            old.scored.replaced(places, new.scored),
+            group_size,
         )
         merged.dropped = old.dropped + [old.rollouts[place] for place in places]
         return merged
 
-    def _generate(self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int) -> list[Rollout]:
+    def _generate(
+        self, rows: Rows, *, sampling: Sampling, group_size: int, seed: int, version: int
+    ) -> list[Rollout]:
         with self.stopwatch.timed("publish"):
             self.engine.publish(version)
         groups = group_indices(rows.rows)
@@ -124,7 +139,9 @@ class Collector:
             group, first = divmod(rows.first + start, group_size)
             requests.append(Request(prompt, end - start, mixed_seed(seed, group), first))
         with self.stopwatch.timed("generate"):
-            rollouts = together(lambda: roll_out(self.engine, requests, sampling, self.encoder, version=version))
+            rollouts = together(
+                lambda: roll_out(self.engine, requests, sampling, self.encoder, version=version)
+            )
             self.stopwatch.count_tokens("generate", sum(len(rollout.ids) for rollout in rollouts))
         return rollouts
 
@@ -157,7 +174,9 @@ class Collector:
                 parts.append((rows, self.scorer.scores(model, batch.rows(rows))))
         model.train(training)
         dtype = parts[0][1].logps.dtype if parts else torch.float32
-        logps, entropy = (torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device) for _ in range(2))
+        logps, entropy = (
+            torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device) for _ in range(2)
+        )
         for rows, scores in parts:
             width = scores.logps.shape[1]
             logps[rows, :width], entropy[rows, :width] = scores.logps, scores.entropy
@@ -173,9 +192,13 @@ class Collector:
         return distributed.as_many_everywhere(passes) if distributed.sharded(model) else passes
 
 
-def replacements(collection: Collection, group_size: int, spare: SpareRows, *, seed: int) -> dict[int, dict[str, Any]]:
+def replacements(
+    collection: Collection, group_size: int, spare: SpareRows, *, seed: int
+) -> dict[int, dict[str, Any]]:
     """A row for each group without signal, by the group's number over all ranks.  Every rank must call."""
-    silent = collection.advantages.zero_signal.view(-1, group_size).all(1).nonzero().flatten().tolist()
+    silent = (
+        collection.advantages.zero_signal.view(-1, group_size).all(1).nonzero().flatten().tolist()
+    )
     if not silent:
         return {}
     here = {prompt_key(row) for row in collection.rows.rows}
@@ -186,14 +209,18 @@ def replacements(collection: Collection, group_size: int, spare: SpareRows, *, s
 
 def replaced_rows(rows: Rows, chosen: dict[int, dict[str, Any]], group_size: int) -> Rows:
     """This rank's share of the rows of the groups that `chosen` names, with the rows that it gives them."""
-    mine = [chosen[(rows.first + place) // group_size] for place in places_of(rows, chosen, group_size)]
+    mine = [
+        chosen[(rows.first + place) // group_size] for place in places_of(rows, chosen, group_size)
+    ]
     before = sum(1 for row in range(rows.first) if row // group_size in chosen)
     return Rows(position=rows.position, first=before, rows=mine)
 
 
 def places_of(rows: Rows, chosen: dict[int, dict[str, Any]], group_size: int) -> list[int]:
     """Which of this rank's rows belong to the groups that `chosen` names."""
-    return [place for place in range(len(rows.rows)) if (rows.first + place) // group_size in chosen]
+    return [
+        place for place in range(len(rows.rows)) if (rows.first + place) // group_size in chosen
+    ]
 
 
 def group_indices(rows: Sequence[dict[str, Any]]) -> list[int]:
@@ -205,14 +232,19 @@ def group_indices(rows: Sequence[dict[str, Any]]) -> list[int]:
     return numbers
 
 
-def as_batch(rollouts: Sequence[Rollout], advantages: Tensor, *, group: Sequence[int], mask_truncated: bool) -> Batch:
+def as_batch(
+    rollouts: Sequence[Rollout], advantages: Tensor, *, group: Sequence[int], mask_truncated: bool
+) -> Batch:
     """Pad rollouts over their completion tokens."""
     lengths = torch.tensor([len(rollout.ids) for rollout in rollouts], dtype=torch.int64)
     width = max([1, *lengths.tolist()])
     completion_ids = torch.zeros(len(rollouts), width, dtype=torch.int64)
     written = torch.zeros(len(rollouts), width, dtype=torch.bool)
     sampler_logps = torch.zeros(len(rollouts), width)
-    shared = {id(rollout.prompt): torch.tensor(rollout.prompt.ids, dtype=torch.int64) for rollout in rollouts}
+    shared = {
+        id(rollout.prompt): torch.tensor(rollout.prompt.ids, dtype=torch.int64)
+        for rollout in rollouts
+    }
     for i, rollout in enumerate(rollouts):
         size = len(rollout.ids)
         completion_ids[i, :size] = torch.tensor(rollout.ids, dtype=torch.int64)
@@ -230,7 +262,9 @@ def as_batch(rollouts: Sequence[Rollout], advantages: Tensor, *, group: Sequence
         advantages=advantages.to(torch.float32),
         group=torch.tensor(group, dtype=torch.int64),
         sampler_logps=sampler_logps if reported else None,
-        support=TokenSets.padded([rollout.support for rollout in rollouts], lengths.tolist(), width),
+        support=TokenSets.padded(
+            [rollout.support for rollout in rollouts], lengths.tolist(), width
+        ),
         policy_version=rollouts[0].policy_version if rollouts else 0,
     )
 
@@ -245,7 +279,9 @@ def together(work: Callable[[], Any]) -> Any:
         error = caught
     if distributed.any_rank(error is not None):
         if error is None:
-            error = RuntimeError("Another rank failed while it made or scored completions; its own error tells why.")
+            error = RuntimeError(
+                "Another rank failed while it made or scored completions; its own error tells why."
+            )
         error.raised_on_every_rank = True  # pyright: ignore[reportAttributeAccessIssue]
         raise error
     return result

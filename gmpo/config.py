@@ -25,7 +25,14 @@ from gmpo.rollout.settings import RolloutSettings, check_support, check_vllm_opt
 
 Config = TypeVar("Config", bound=type)
 
-STAGE_SETTINGS = (DataSettings, RolloutSettings, RewardSettings, PolicySettings, ObjectiveSettings, ReportSettings)
+STAGE_SETTINGS = (
+    DataSettings,
+    RolloutSettings,
+    RewardSettings,
+    PolicySettings,
+    ObjectiveSettings,
+    ReportSettings,
+)
 
 
 def _suggest_unknown(cls: Config) -> Config:
@@ -46,7 +53,13 @@ def _suggest_unknown(cls: Config) -> Config:
 @_suggest_unknown
 @dataclass
 class GRPOConfig(
-    DataSettings, RolloutSettings, RewardSettings, PolicySettings, ObjectiveSettings, ReportSettings, TrainingArguments
+    DataSettings,
+    RolloutSettings,
+    RewardSettings,
+    PolicySettings,
+    ObjectiveSettings,
+    ReportSettings,
+    TrainingArguments,
 ):
     """Every option of GRPOTrainer.  `docs/configuration.md` lists them with defaults and meanings.
 
@@ -62,10 +75,15 @@ class GRPOConfig(
     ]
 
     learning_rate: float = option(1e-6, "Initial learning rate.")
-    logging_steps: float = option(10, "Optimizer steps between two logs; below 1: a share of all steps.")
-    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time.")
+    logging_steps: float = option(
+        10, "Optimizer steps between two logs; below 1: a share of all steps."
+    )
+    gradient_checkpointing: bool = option(
+        True, "Recompute activations in the backward pass: less memory, more time."
+    )
     remove_unused_columns: bool | None = option(
-        False, "Drop the dataset columns that gmpo itself does not read; reward functions then don't get them."
+        False,
+        "Drop the dataset columns that gmpo itself does not read; reward functions then don't get them.",
     )
     bf16: bool | None = option(
         None, "Mixed precision with bfloat16. None: on where an accelerator has it and fp16 is off."
@@ -124,7 +142,9 @@ class GRPOConfig(
                 f"{self.zero_signal_groups!r}. Set zero_signal_groups='resample', or leave max_resamples out."
             )
         if self.sync_ref_model and self.beta == 0.0:
-            raise ValueError("sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model off.")
+            raise ValueError(
+                "sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model off."
+            )
 
     def _check_output_dir(self) -> None:
         folder = os.path.abspath(str(self.output_dir))
@@ -135,7 +155,9 @@ class GRPOConfig(
                 f"output_dir={self.output_dir!r} can't be a folder: {folder!r} is a file. Choose another one."
             )
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"output_dir={self.output_dir!r} can't be written: no permission in {folder!r}.")
+            raise ValueError(
+                f"output_dir={self.output_dir!r} can't be written: no permission in {folder!r}."
+            )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Optimizer steps with a rising learning rate.  A warmup_ratio of 1.0 is all of them, not one."""
@@ -183,7 +205,10 @@ class GRPOConfig(
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`; sizes are plain numbers, whether given or worked out."""
-        return {name: int(value) if isinstance(value, Resolved) else value for name, value in super().to_dict().items()}
+        return {
+            name: int(value) if isinstance(value, Resolved) else value
+            for name, value in super().to_dict().items()
+        }
 
     def _check_eval_sizes(self) -> None:
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
@@ -248,5 +273,7 @@ def changed_options(config: Any) -> dict[str, Any]:
     """The options of `config` that are not at their default, by name, as resolved."""
     plain = type(config)(output_dir=config.output_dir)
     return {
-        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(plain, f.name)
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if getattr(config, f.name) != getattr(plain, f.name)
     }

@@ -32,7 +32,10 @@ def reduced(values: Tensor, operation: str = "sum") -> Tensor:
         return values
     result = values.to(meeting_device(), copy=True)
     dist.all_reduce(
-        result, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[operation]
+        result,
+        op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[
+            operation
+        ],
     )
     return result.to(values.device)
 
@@ -49,7 +52,9 @@ def gathered(values: Tensor) -> Tensor:
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(values.device)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(
+        values.device
+    )
 
 
 def gathered_objects(value: Any) -> list[Any]:
@@ -144,13 +149,18 @@ def _held_whole(parameters: list[Any]) -> Iterator[None]:
                 parameter.ds_active_sub_modules.discard(HOLDER)
 
 
-WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # names of what torch wraps, in the module tree
+WRAPPERS = (
+    "_checkpoint_wrapped_module",
+    "_orig_mod",
+)  # names of what torch wraps, in the module tree
 HOLDER = "gmpo"  # stands where DeepSpeed puts the number of a module that is being run
 
 
 def _fsdp2_modules(model: nn.Module) -> list[Any]:
     """The modules that FSDP2 shards one by one, the root first; it must know its root before a part of it is called."""
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    modules: list[Any] = [
+        module for module in model.modules() if hasattr(module, "_get_fsdp_state")
+    ]
     if modules:
         modules[0]._get_fsdp_state()._lazy_init()
     return modules
@@ -160,7 +170,11 @@ def _fsdp2_modules(model: nn.Module) -> list[Any]:
 def _unsharded(module: Any) -> Iterator[None]:
     """A module of FSDP2 whose parameters are whole, also after its forward pass."""
     state = module._get_fsdp_state()
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    groups = (
+        state._fsdp_param_groups
+        if hasattr(state, "_fsdp_param_groups")
+        else [state._fsdp_param_group]
+    )
     groups = [group for group in groups if group is not None]
     own = [group.post_forward_mesh_info for group in groups]
     module.unshard()

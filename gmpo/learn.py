@@ -29,7 +29,9 @@ class MicroBatch:
     denominators: Denominators
     mode: Mode | None = "train"  # whose metrics its figures go to; None: nobody's
 
-    def __contains__(self, name: str) -> bool:  # the Trainer asks whether its inputs hold "input_ids"
+    def __contains__(
+        self, name: str
+    ) -> bool:  # the Trainer asks whether its inputs hold "input_ids"
         return False
 
 
@@ -62,13 +64,24 @@ class Learner:
         routed: bool,
     ) -> None:
         self.args, self.accelerator = args, accelerator
-        self.objective, self.entropy_bonus, self.scorer, self.metrics = objective, entropy_bonus, scorer, metrics
+        self.objective, self.entropy_bonus, self.scorer, self.metrics = (
+            objective,
+            entropy_bonus,
+            scorer,
+            metrics,
+        )
         self.entropy, self.precision, self.backward = entropy, precision, backward
         self.progress, self.routed = progress, routed
         self.max_tokens_per_chunk: int | None = args.max_tokens_per_chunk
-        self.in_step = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")  # ranks make as many passes
+        self.in_step = accelerator.distributed_type.value in (
+            "FSDP",
+            "DEEPSPEED",
+        )  # ranks make as many passes
         self._added: list[MicroBatch] = []  # those whose gradients this optimizer step has already
-        self._step_entropy = (torch.zeros(()), torch.zeros(()))  # sum and count over the tokens of this optimizer step
+        self._step_entropy = (
+            torch.zeros(()),
+            torch.zeros(()),
+        )  # sum and count over the tokens of this optimizer step
 
     def begin_step(self) -> None:
         """Before the first micro-batch of an optimizer step."""
@@ -117,10 +130,14 @@ class Learner:
                 "Set max_tokens_per_chunk to bound the memory; with one process gmpo finds the bound itself."
             )
             raise error
-        chunks = (batch.rows(rows) for rows in self.chunks(batch, self._rows_with_gradient(batch)[0]))
+        chunks = (
+            batch.rows(rows) for rows in self.chunks(batch, self._rows_with_gradient(batch)[0])
+        )
         largest = max(chunks, key=self.scorer.tokens)
         if len(largest) == 1:
-            error.add_note("A single completion with its prompt does not fit. Lower max_completion_length.")
+            error.add_note(
+                "A single completion with its prompt does not fit. Lower max_completion_length."
+            )
             raise error
         tokens = self.scorer.tokens(largest)
         self.max_tokens_per_chunk = tokens // 2
@@ -189,7 +206,11 @@ class Learner:
     def chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         """`rows` ([b] int64) cut into forward chunks; as many on every rank where ranks keep step."""
         part = batch.rows(rows)
-        chunks = [chunk.cpu() for chunk in self.scorer.chunks(part, self.max_tokens_per_chunk)] if len(rows) else []
+        chunks = (
+            [chunk.cpu() for chunk in self.scorer.chunks(part, self.max_tokens_per_chunk)]
+            if len(rows)
+            else []
+        )
         if self.in_step:
             chunks = distributed.as_many_everywhere(chunks)
         return [rows[chunk] for chunk in chunks]
@@ -217,7 +238,9 @@ class Learner:
                 statistics.update(seen)
         return total, statistics
 
-    def loss(self, model: nn.Module, inputs: MicroBatch, select: Tensor) -> tuple[Tensor, Statistics]:
+    def loss(
+        self, model: nn.Module, inputs: MicroBatch, select: Tensor
+    ) -> tuple[Tensor, Statistics]:
         """The differentiable share of `inputs` in the loss of its optimizer batch, a scalar, and what was seen.
 
         Args:

@@ -115,7 +115,9 @@ def check_option(field: dataclasses.Field, value: Any, declared: str) -> None:
     rules = rules_of(field)
     assert rules is not None
     if rules.later:
-        raise ValueError(f"{field.name}={value!r} is not available yet. Leave it at {field.default!r}.")
+        raise ValueError(
+            f"{field.name}={value!r} is not available yet. Leave it at {field.default!r}."
+        )
     if value is None:
         if "None" not in declared:
             raise ValueError(f"{field.name}=None is not allowed. The default is {field.default!r}.")
@@ -132,7 +134,9 @@ def check_type(field: dataclasses.Field, value: Any, declared: str) -> None:
     for start, (fits, wanted) in TYPES.items():
         if declared.startswith(start):
             if not fits(value):
-                raise ValueError(f"{field.name}={value!r} ({type(value).__name__}) is not {wanted}.")
+                raise ValueError(
+                    f"{field.name}={value!r} ({type(value).__name__}) is not {wanted}."
+                )
             return
 
 
@@ -147,9 +151,14 @@ TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "float": (is_number, "a number"),
     "str": (lambda value: isinstance(value, str), "text"),
     "dict": (lambda value: isinstance(value, dict), "a dict (or a JSON object)"),
-    "list[float]": (lambda value: isinstance(value, list | tuple) and all(map(is_number, value)), "a list of numbers"),
+    "list[float]": (
+        lambda value: isinstance(value, list | tuple) and all(map(is_number, value)),
+        "a list of numbers",
+    ),
     "list[str]": (
-        lambda value: isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
+        lambda value: (
+            isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        ),
         "a list of texts",
     ),
 }

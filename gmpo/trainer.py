@@ -26,8 +26,21 @@ from gmpo.arguments import check_workers, known_arguments_only, refuse_later_arg
 from gmpo.checkpoint import Stateful, last_whole_checkpoint, load_state, save_state
 from gmpo.collect import Collection, Collector
 from gmpo.config import GMPOConfig, GRPOConfig
-from gmpo.data.micro_batches import carries_signal, carrying_together, mixed_seed, split_into_micro_batches
-from gmpo.data.sampler import CollectionPlan, CollectionSampler, EvalSampler, KeyedRows, Rows, StreamedRows, as_rows
+from gmpo.data.micro_batches import (
+    carries_signal,
+    carrying_together,
+    mixed_seed,
+    split_into_micro_batches,
+)
+from gmpo.data.sampler import (
+    CollectionPlan,
+    CollectionSampler,
+    EvalSampler,
+    KeyedRows,
+    Rows,
+    StreamedRows,
+    as_rows,
+)
 from gmpo.data.spare import SpareRows
 from gmpo.learn import Learner, MicroBatch
 from gmpo.objective.entropy import EntropyController
@@ -104,9 +117,13 @@ class GRPOTrainer(Trainer):
     ):
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         if not isinstance(model, str | nn.Module):
-            raise TypeError(f"model={model!r} ({type(model).__name__}) is neither a name or path nor a model.")
+            raise TypeError(
+                f"model={model!r} ({type(model).__name__}) is neither a name or path nor a model."
+            )
         config: Any = self._checked_args(args, model)
-        refuse_later_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        refuse_later_arguments(
+            tools=tools, rollout_func=rollout_func, environment_factory=environment_factory
+        )
         set_seed(config.seed)
         if isinstance(model, str):
             check_path(model)
@@ -139,7 +156,9 @@ class GRPOTrainer(Trainer):
                 "zero_signal_groups='resample' draws other prompts, which an iterable train_dataset can't give. "
                 "Use a map-style dataset, or zero_signal_groups='skip'."
             )
-        policy = load_policy(model, config, quantization_config=quantization_config, peft_config=peft_config)
+        policy = load_policy(
+            model, config, quantization_config=quantization_config, peft_config=peft_config
+        )
         self.reference: Any = make_reference(policy, config.beta, sync=config.sync_ref_model)
         super().__init__(
             model=policy,
@@ -163,11 +182,17 @@ class GRPOTrainer(Trainer):
     @classmethod
     def _checked_args(cls, args: Any, model: Any) -> Any:
         if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+            name = (
+                model
+                if isinstance(model, str)
+                else getattr(model.config, "_name_or_path", "") or "model"
+            )
             return cls.config_class(f"{name.rstrip('/').split('/')[-1]}-{cls.algorithm_name}")
         if not isinstance(args, cls.config_class):
             why = " Their clip windows don't mean the same." if isinstance(args, GRPOConfig) else ""
-            raise TypeError(f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(args).__name__}.{why}")
+            raise TypeError(
+                f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(args).__name__}.{why}"
+            )
         if args.clip_window_is_inert and args.algorithm == "gmpo":
             warnings.warn(
                 f"Each collection makes a single optimizer step (steps_per_generation={args.steps_per_generation}, "
@@ -197,7 +222,9 @@ class GRPOTrainer(Trainer):
                 self.reference.model, self.accelerator, rows=args.per_device_train_batch_size
             )
         self.reference_sync = (
-            ReferenceSync(self.reference, alpha=args.ref_model_mixup_alpha, steps=args.ref_model_sync_steps)
+            ReferenceSync(
+                self.reference, alpha=args.ref_model_mixup_alpha, steps=args.ref_model_sync_steps
+            )
             if args.sync_ref_model
             else None
         )
@@ -238,8 +265,12 @@ class GRPOTrainer(Trainer):
             routed=args.router_aux_loss_coef > 0.0 and is_mixture(self.unwrapped_policy()),
         )
         self._num_parameters = sum(p.numel() for p in self.unwrapped_policy().parameters())
-        self.spare_rows = SpareRows(self._training_rows()) if args.zero_signal_groups == "resample" else None
-        self._pending: list[Batch] = []  # micro-batches of the current collection, in the order of their micro-steps
+        self.spare_rows = (
+            SpareRows(self._training_rows()) if args.zero_signal_groups == "resample" else None
+        )
+        self._pending: list[
+            Batch
+        ] = []  # micro-batches of the current collection, in the order of their micro-steps
         self._steps_at_last_log = 0
         set_tensorboard_folder(self.callback_handler.callbacks, args.logging_dir)
         self.add_callback(JsonlCallback)
@@ -273,7 +304,11 @@ class GRPOTrainer(Trainer):
         loader = self._loader_options()
         if hasattr(dataset, "__len__"):
             sampler = CollectionSampler(
-                len(dataset), self.plan, ranks=args.world_size, seed=seed, shuffle=bool(args.shuffle_dataset)
+                len(dataset),
+                self.plan,
+                ranks=args.world_size,
+                seed=seed,
+                shuffle=bool(args.shuffle_dataset),
             )
             self._epoch_listener = sampler
             loader |= {"dataset": KeyedRows(dataset), "batch_sampler": sampler}
@@ -282,7 +317,9 @@ class GRPOTrainer(Trainer):
                 dataset = dataset.shuffle(seed=seed)
             stream = StreamedRows(dataset, self.plan, ranks=args.world_size)
             self._epoch_listener = stream
-            self.accelerator.dataloader_config.dispatch_batches = False  # rows are dicts, not tensors to cut
+            self.accelerator.dataloader_config.dispatch_batches = (
+                False  # rows are dicts, not tensors to cut
+            )
             loader |= {"dataset": stream, "batch_size": args.rows_per_rank, "drop_last": True}
         return self.accelerator.prepare(DataLoader(**loader))
 
@@ -294,7 +331,9 @@ class GRPOTrainer(Trainer):
         """`dataset` without the columns that gmpo does not read, where those are not wanted."""
         if not args.remove_unused_columns or dataset is None:
             return dataset
-        return dataset.select_columns([c for c in ("prompt", "image", "images") if c in dataset.column_names])
+        return dataset.select_columns(
+            [c for c in ("prompt", "image", "images") if c in dataset.column_names]
+        )
 
     def _loader_options(self) -> dict[str, Any]:
         args = self.args
@@ -313,13 +352,21 @@ class GRPOTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # pyright: ignore
         if dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset. Pass one to the trainer or to evaluate().")
+            raise ValueError(
+                "Evaluation needs an eval_dataset. Pass one to the trainer or to evaluate()."
+            )
         rows = args.per_device_eval_batch_size * args.world_size
-        plan = CollectionPlan(args.eval_group_size, max(rows - rows % args.eval_group_size, args.eval_group_size), 1)
+        plan = CollectionPlan(
+            args.eval_group_size, max(rows - rows % args.eval_group_size, args.eval_group_size), 1
+        )
         if not hasattr(dataset, "__len__"):
             dataset = list(dataset)
         sampler = EvalSampler(
-            len(dataset), plan, rank=args.process_index, ranks=args.world_size, drop_last=args.dataloader_drop_last
+            len(dataset),
+            plan,
+            rank=args.process_index,
+            ranks=args.world_size,
+            drop_last=args.dataloader_drop_last,
         )
         return DataLoader(KeyedRows(dataset), batch_sampler=sampler, **self._loader_options())
 
@@ -364,7 +411,10 @@ class GRPOTrainer(Trainer):
         self._report(collection, mode="train")
         batch = collection.batch.to(args.device)
         slices = split_into_micro_batches(
-            collection.batch.group, rows=args.per_device_train_batch_size, passes=args.num_iterations, seed=seed
+            collection.batch.group,
+            rows=args.per_device_train_batch_size,
+            passes=args.num_iterations,
+            seed=seed,
         )[rows.position :]
         slices = self._carrying_together(slices, batch, first=remaining)
         if self.reference is not None:
@@ -378,7 +428,9 @@ class GRPOTrainer(Trainer):
             self.collector.add_old(self.model_wrapped, batch, later)
         parts = [batch.rows(index) for index in slices]
         for part in parts[:remaining]:
-            part.old_logps = None  # the policy has not moved yet: its own log-probs are the old ones
+            part.old_logps = (
+                None  # the policy has not moved yet: its own log-probs are the old ones
+            )
         self._pending = parts
 
     def _carrying_together(self, slices: list[Tensor], batch: Batch, *, first: int) -> list[Tensor]:
@@ -387,14 +439,22 @@ class GRPOTrainer(Trainer):
         It is not where a micro-batch has a denominator or a threshold of its own.
         """
         args = self.args
-        own = args.top_entropy_quantile < 1.0 or (args.algorithm == "grpo" and args.loss_type == "bnpo")
+        own = args.top_entropy_quantile < 1.0 or (
+            args.algorithm == "grpo" and args.loss_type == "bnpo"
+        )
         if own or not self.learner.skips_silent_rows:
             return slices
-        return carrying_together(slices, carries_signal(batch), first=first, window=args.gradient_accumulation_steps)
+        return carrying_together(
+            slices, carries_signal(batch), first=first, window=args.gradient_accumulation_steps
+        )
 
     def _denominators(self, batches: list[Batch]) -> list[Denominators]:
         counts = torch.tensor(
-            [sum(len(b) for b in batches), sum(int(b.num_written.sum()) for b in batches), len(batches)],
+            [
+                sum(len(b) for b in batches),
+                sum(int(b.num_written.sum()) for b in batches),
+                len(batches),
+            ],
             dtype=torch.float64,
         )
         rows, tokens, micro_batches = distributed.reduced(counts).tolist()
@@ -409,7 +469,9 @@ class GRPOTrainer(Trainer):
             for b in batches
         ]
 
-    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None
+    ) -> Tensor:
         """Add the gradient of one micro-batch.
 
         Returns:
@@ -425,12 +487,20 @@ class GRPOTrainer(Trainer):
         return total
 
     def compute_loss(
-        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: MicroBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         """The differentiable share of `inputs` in the loss of its optimizer batch, a scalar."""
         if return_outputs:
-            raise ValueError("gmpo's loss has no model outputs to return: call compute_loss with return_outputs=False.")
-        loss, statistics = self.learner.loss(model, inputs, self.learner.select(model, inputs.batch))
+            raise ValueError(
+                "gmpo's loss has no model outputs to return: call compute_loss with return_outputs=False."
+            )
+        loss, statistics = self.learner.loss(
+            model, inputs, self.learner.select(model, inputs.batch)
+        )
         if inputs.mode is not None:
             self.metrics.add(statistics, mode=inputs.mode)
         return loss
@@ -451,7 +521,11 @@ class GRPOTrainer(Trainer):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def prediction_step(
-        self, model: nn.Module, inputs: Rows, prediction_loss_only: bool = True, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: Rows,
+        prediction_loss_only: bool = True,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Generate and score one evaluation batch.  Its loss goes into the metrics, as an exact mean over rows.
 
@@ -479,18 +553,28 @@ class GRPOTrainer(Trainer):
         if prediction_loss_only or self.compute_metrics is None:
             return loss, None, None
         prompts = [torch.tensor(rollout.prompt.ids) for rollout in collection.rollouts]
-        inputs.encoded[self.unwrapped_policy().main_input_name] = nn.utils.rnn.pad_sequence(prompts, True, -100, "left")
-        inside = torch.arange(batch.mask.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
+        inputs.encoded[self.unwrapped_policy().main_input_name] = nn.utils.rnn.pad_sequence(
+            prompts, True, -100, "left"
+        )
+        inside = (
+            torch.arange(batch.mask.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
+        )
         predictions = batch.completion_ids.masked_fill(~inside, -100)
         return loss, predictions, collection.scored.rewards.to(args.device, torch.float32)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop, with our metrics among its own, so that `metric_for_best_model` can name any of them."""
-        self.gather_function = gathered_as_objects if self.args.eval_use_gather_object else distributed.gathered
+        self.gather_function = (
+            gathered_as_objects if self.args.eval_use_gather_object else distributed.gathered
+        )
         with self.stopwatch.paused():
-            output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output: Any = super().evaluation_loop(
+                *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
             output.metrics.update(self.metrics.reduce(mode="eval", prefix=metric_key_prefix))
-            self.completion_log.write(step=self.state.global_step, mode="eval", label=metric_key_prefix)
+            self.completion_log.write(
+                step=self.state.global_step, mode="eval", label=metric_key_prefix
+            )
         return output
 
     # -- reports ------------------------------------------------------------------------------------------------------
@@ -506,14 +590,21 @@ class GRPOTrainer(Trainer):
             self.state.num_input_tokens_seen += int(distributed.reduced(torch.tensor(tokens)))
             statistics.maxima["num_tokens"] = float(self.state.num_input_tokens_seen)
             if self.spare_rows is not None:
-                statistics.means["signal/dropped"] = (float(len(collection.dropped)), float(len(written)))
+                statistics.means["signal/dropped"] = (
+                    float(len(collection.dropped)),
+                    float(len(written)),
+                )
         self.metrics.add(statistics, mode=mode)
-        self.completion_log.add(scored_completions(collection, names), step=self.state.global_step, mode=mode)
+        self.completion_log.add(
+            scored_completions(collection, names), step=self.state.global_step, mode=mode
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with everything that gmpo counted since the last time.  Every rank must call."""
         if "loss" in logs:
-            self.metrics.add(self.stopwatch.drain(steps=self.state.global_step - self._steps_at_last_log))
+            self.metrics.add(
+                self.stopwatch.drain(steps=self.state.global_step - self._steps_at_last_log)
+            )
             self._steps_at_last_log = self.state.global_step
             logs.update(self.metrics.reduce(mode="train"))
             self.completion_log.write(step=self.state.global_step, mode="train")
@@ -542,7 +633,9 @@ class GRPOTrainer(Trainer):
         text = model_card(
             algorithm=self.algorithm_name,
             base_model=getattr(self.unwrapped_policy().config, "_name_or_path", None),
-            model_name=model_name or self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)),
+            model_name=model_name
+            or self.args.hub_model_id
+            or os.path.basename(os.path.abspath(self.args.output_dir)),
             dataset_name=dataset_name or kwargs.get("dataset"),
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             args=self.args,
@@ -580,13 +673,17 @@ class GRPOTrainer(Trainer):
 
     def _save_what_was_learned(self, error: BaseException) -> None:
         steps = self.state.global_step
-        everybody_is_here = distributed.world_size() == 1 or getattr(error, "raised_on_every_rank", False)
+        everybody_is_here = distributed.world_size() == 1 or getattr(
+            error, "raised_on_every_rank", False
+        )
         if not everybody_is_here or steps == 0 or self.optimizer is None:
             return
         folder = os.path.join(self.args.output_dir, f"checkpoint-{steps}")
         if not os.path.exists(os.path.join(folder, "trainer_state.json")):
             self._save_checkpoint(cast(nn.Module, self.model_wrapped), trial=None)
-        error.add_note(f"What was learned in {steps} steps is in {folder}; train(resume_from_checkpoint=True) goes on.")
+        error.add_note(
+            f"What was learned in {steps} steps is in {folder}; train(resume_from_checkpoint=True) goes on."
+        )
 
     @property
     def _stateful_parts(self) -> dict[str, Stateful]:
@@ -636,7 +733,9 @@ class BetweenSteps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._steps_at_last_log = state.global_step
-        self.trainer.collector.trainer_state = state  # the Trainer makes a new one for each training
+        self.trainer.collector.trainer_state = (
+            state  # the Trainer makes a new one for each training
+        )
         self.trainer.completion_log.begin(state.global_step)
         self.trainer.stopwatch.restart()
 
@@ -645,7 +744,9 @@ class BetweenSteps(TrainerCallback):
         self.trainer._epoch_listener.set_epoch(int(state.epoch or 0))
         self.trainer._pending = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         trainer = self.trainer
         trainer.policy_version.moved()
         trainer.learner.end_step()
@@ -663,7 +764,10 @@ def scored_completions(collection: Collection, names: list[str]) -> ScoredComple
     return ScoredCompletions(
         prompts=[rollout.prompt.source for rollout in collection.rollouts],
         completions=[rollout.completion for rollout in collection.rollouts],
-        rewards={name: [float(collection.scored.rewards[i, f]) for i in rows] for f, name in enumerate(names)},
+        rewards={
+            name: [float(collection.scored.rewards[i, f]) for i in rows]
+            for f, name in enumerate(names)
+        },
         advantages=collection.batch.advantages.tolist(),
         extras=collection.scored.extra,
     )
@@ -671,9 +775,15 @@ def scored_completions(collection: Collection, names: list[str]) -> ScoredComple
 
 def tokenizer_of(model: Any, args: GRPOConfig) -> Any:
     """The tokenizer that belongs to a model given by name, path or object."""
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = (
+        model
+        if isinstance(model, str)
+        else getattr(getattr(model, "config", None), "_name_or_path", "")
+    )
     if not name:
-        raise ValueError("The model does not say where its tokenizer is. Pass processing_class=AutoTokenizer....")
+        raise ValueError(
+            "The model does not say where its tokenizer is. Pass processing_class=AutoTokenizer...."
+        )
     revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore
     return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
 
@@ -687,4 +797,6 @@ def named_datasets(eval_dataset: Any) -> dict[str, Any]:
 
 
 def gathered_as_objects(values: Tensor) -> Tensor:
-    return torch.cat([part.to(values.device) for part in distributed.gathered_objects(values.cpu())])
+    return torch.cat(
+        [part.to(values.device) for part in distributed.gathered_objects(values.cpu())]
+    )

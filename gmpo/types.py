@@ -43,10 +43,14 @@ class TokenSets:
         whole: TokenList = (torch.zeros(0, dtype=torch.int32), True)
         ids, inverse = zip(*(whole if each is None else each for each in lists), strict=True)
         size = torch.tensor([len(each) for each in ids], dtype=torch.int64)
-        return cls(torch.cat(ids), size.cumsum(0) - size, size, torch.tensor(inverse, dtype=torch.bool))
+        return cls(
+            torch.cat(ids), size.cumsum(0) - size, size, torch.tensor(inverse, dtype=torch.bool)
+        )
 
     @classmethod
-    def padded(cls, rows: "Sequence[TokenSets | None]", lengths: Sequence[int], width: int) -> "TokenSets | None":
+    def padded(
+        cls, rows: "Sequence[TokenSets | None]", lengths: Sequence[int], width: int
+    ) -> "TokenSets | None":
         """[B, T] sets out of rows of [lengths[i]] each, None for a row of all tokens.  All tokens on the padding."""
         if all(row is None for row in rows):
             return None
@@ -55,7 +59,11 @@ class TokenSets:
         ids, before = [], 0
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             if row is not None:
-                start[i, :length], size[i, :length], inverse[i, :length] = row.start + before, row.size, row.inverse
+                start[i, :length], size[i, :length], inverse[i, :length] = (
+                    row.start + before,
+                    row.size,
+                    row.inverse,
+                )
                 ids.append(row.ids)
                 before += len(row.ids)
         return cls(torch.cat(ids), start, size, inverse)
@@ -65,7 +73,9 @@ class TokenSets:
         return TokenSets(self.ids, self.start[key], self.size[key], self.inverse[key])
 
     def to(self, device: torch.device | str) -> "TokenSets":
-        return TokenSets(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+        return TokenSets(
+            *(getattr(self, field.name).to(device) for field in dataclasses.fields(self))
+        )
 
     def members(self, vocabulary: int) -> Tensor:
         """[N, V] bool, of an array of shape [N]."""
@@ -99,13 +109,23 @@ class Rollout:
     """One sampled completion, ragged, on the CPU."""
 
     prompt: Prompt
-    ids: list[int]  # completion tokens; includes the end-of-sequence token where the policy wrote one; may be empty
+    ids: list[
+        int
+    ]  # completion tokens; includes the end-of-sequence token where the policy wrote one; may be empty
     finish_reason: Literal["stop", "length"]  # "length": the token budget ended it
-    sampler_logps: list[float] | None = None  # one per token of ids; None: the engine does not report them
-    support: TokenSets | None = None  # [len(ids)], the tokens that each was drawn from; None: always all
-    trained: list[bool] | None = None  # one per token of ids, false where an environment wrote; None: all true
+    sampler_logps: list[float] | None = (
+        None  # one per token of ids; None: the engine does not report them
+    )
+    support: TokenSets | None = (
+        None  # [len(ids)], the tokens that each was drawn from; None: always all
+    )
+    trained: list[bool] | None = (
+        None  # one per token of ids, false where an environment wrote; None: all true
+    )
     policy_version: int = 0  # of the weights that wrote it
-    completion: str | Messages = ""  # decoded, in the form of the prompt: text, or a list of messages
+    completion: str | Messages = (
+        ""  # decoded, in the form of the prompt: text, or a list of messages
+    )
 
     @property
     def truncated(self) -> bool:
@@ -116,17 +136,25 @@ class Rollout:
 class Batch:
     """Rows that one update (or a part of it) trains on.  Per-token fields are right-padded over completion tokens."""
 
-    prompt_ids: list[Tensor]  # B of int64 [P_i], ragged; rows of a group hold the same tensor object
+    prompt_ids: list[
+        Tensor
+    ]  # B of int64 [P_i], ragged; rows of a group hold the same tensor object
     completion_ids: Tensor  # [B, T] int64, 0 on padding
     lengths: Tensor  # [B] int64, completion tokens of each row, trained or not
     mask: Tensor  # [B, T] bool, true where the policy wrote the token and it may be trained on
-    num_written: Tensor  # [B] int64, tokens the policy wrote: what denominators count, trained on or not
+    num_written: (
+        Tensor  # [B] int64, tokens the policy wrote: what denominators count, trained on or not
+    )
     advantages: Tensor  # [B] float32
     group: Tensor  # [B] int64, index of the row's prompt within the collection
-    old_logps: Tensor | None = None  # [B, T]; None: the policy has not moved since sampling, use sg(logps)
+    old_logps: Tensor | None = (
+        None  # [B, T]; None: the policy has not moved since sampling, use sg(logps)
+    )
     ref_logps: Tensor | None = None  # [B, T]
     sampler_logps: Tensor | None = None  # [B, T]
-    support: TokenSets | None = None  # [B, T], the tokens that each was drawn from; None: always all
+    support: TokenSets | None = (
+        None  # [B, T], the tokens that each was drawn from; None: always all
+    )
     policy_version: int = 0
 
     def __len__(self) -> int:
@@ -144,11 +172,17 @@ class Batch:
         return dataclasses.replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {id(ids): ids.to(device) for ids in self.prompt_ids}  # one tensor per prompt stays one tensor
-        tensors: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}
+        moved = {
+            id(ids): ids.to(device) for ids in self.prompt_ids
+        }  # one tensor per prompt stays one tensor
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in self._tensors().items()
+        }
         if self.support is not None:
             tensors["support"] = self.support.to(device)
-        return dataclasses.replace(self, prompt_ids=[moved[id(ids)] for ids in self.prompt_ids], **tensors)
+        return dataclasses.replace(
+            self, prompt_ids=[moved[id(ids)] for ids in self.prompt_ids], **tensors
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -161,14 +195,18 @@ class Scores:
 
     logps: Tensor  # [B, T] float32 or wider
     entropy: Tensor  # [B, T] nats, of the distribution of `logps`; carries a gradient only where asked for
-    router_loss: Tensor | None = None  # scalar load-balancing loss of mixture-of-experts models, not yet weighted
+    router_loss: Tensor | None = (
+        None  # scalar load-balancing loss of mixture-of-experts models, not yet weighted
+    )
 
 
 @dataclass(slots=True)
 class Statistics:
     """Local figures on their way to the log; `report/metrics.py` reduces them over the ranks, once."""
 
-    means: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # name -> (sum, count), logged as sum / count
+    means: dict[str, tuple[Any, Any]] = field(
+        default_factory=dict
+    )  # name -> (sum, count), logged as sum / count
     minima: dict[str, Any] = field(default_factory=dict)
     maxima: dict[str, Any] = field(default_factory=dict)
 
@@ -183,4 +221,8 @@ class Statistics:
         ):
             for name, value in theirs.items():
                 value = torch.as_tensor(value)
-                mine[name] = choose(torch.as_tensor(mine[name], device=value.device), value) if name in mine else value
+                mine[name] = (
+                    choose(torch.as_tensor(mine[name], device=value.device), value)
+                    if name in mine
+                    else value
+                )

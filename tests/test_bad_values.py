@@ -42,7 +42,11 @@ WRONG_TYPES = {
     "float": ("x", True),
     "str": (3,),
 }
-CASES = [pytest.param(name, value, id=f"{name}={value!r}") for name in OURS for value in illegal_values(name)]
+CASES = [
+    pytest.param(name, value, id=f"{name}={value!r}")
+    for name in OURS
+    for value in illegal_values(name)
+]
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
@@ -51,7 +55,9 @@ def test_an_illegal_value_is_refused_with_option_value_and_remedy(tmp_path, name
         GMPOConfig(str(tmp_path), **{name: value})
     message = str(caught.value)
     assert f"{name}={value!r}" in message
-    assert any(word in message for word in ("must be", "is not", "default", "Leave it", "would do nothing")), message
+    assert any(
+        word in message for word in ("must be", "is not", "default", "Leave it", "would do nothing")
+    ), message
 
 
 def test_every_option_with_rules_has_illegal_values():

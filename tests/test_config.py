@@ -95,7 +95,10 @@ ILLEGAL = [
     ({"disable_dropout": "yes"}, "disable_dropout='yes' .*True or False"),
     ({"model_init_kwargs": "{bad"}, "model_init_kwargs='{bad'"),
     ({"chat_template_kwargs": 3}, "chat_template_kwargs=3 .*dict"),
-    ({"steps_per_generation": 2, "generation_batch_size": 24}, "generation_batch_size=24 and .*=2 contradict.* are 16"),
+    (
+        {"steps_per_generation": 2, "generation_batch_size": 24},
+        "generation_batch_size=24 and .*=2 contradict.* are 16",
+    ),
     ({"generation_batch_size": 12}, "generation_batch_size=12 .*8 or 16"),
     ({"num_generations": 3}, "num_generations=3.*6 or 9"),
     ({"sync_ref_model": True}, "sync_ref_model=True needs a reference.*beta above 0"),
@@ -118,15 +121,30 @@ ILLEGAL = [
     ({"train_sampling_strategy": "sequential"}, "shuffle_dataset=False"),
     ({"length_column_name": "n"}, "length_column_name='n'"),
     ({"auto_find_batch_size": True}, "max_tokens_per_chunk"),
-    ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "scale_rewards='none'"),
+    (
+        {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
+        "scale_rewards='none'",
+    ),
     ({"warmup_ratio": 0.1, "warmup_steps": 3}, "warmup_ratio=0.1 and warmup_steps=3"),
-    ({"use_vllm": True, "top_p": 0.9}, "top_p=0.9 can't be scored.*vLLM does not report.*logps_support='full'"),
+    (
+        {"use_vllm": True, "top_p": 0.9},
+        "top_p=0.9 can't be scored.*vLLM does not report.*logps_support='full'",
+    ),
     ({"use_vllm": True, "generation_kwargs": {"min_tokens": 4}}, "min_tokens=4 can't be scored"),
-    ({"use_vllm": True, "vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex='a\\+' can't be scored"),
-    ({"generation_kwargs": {"sequence_bias": {(3,): 1.0}}}, "sequence_bias=.*changes the logits.*logps_support='full'"),
+    (
+        {"use_vllm": True, "vllm_structured_outputs_regex": "a+"},
+        "vllm_structured_outputs_regex='a\\+' can't be scored",
+    ),
+    (
+        {"generation_kwargs": {"sequence_bias": {(3,): 1.0}}},
+        "sequence_bias=.*changes the logits.*logps_support='full'",
+    ),
     ({"generation_kwargs": {"do_sample": False}}, "always 0.*logps_support='full'"),
     ({"generation_kwargs": {"temperature": 0.0}}, "always 0.*logps_support='full'"),
-    ({"eval_strategy": "steps", "per_device_eval_batch_size": 4}, "per_device_eval_batch_size=4.*num_generations_eval"),
+    (
+        {"eval_strategy": "steps", "per_device_eval_batch_size": 4},
+        "per_device_eval_batch_size=4.*num_generations_eval",
+    ),
 ]
 
 
@@ -140,9 +158,23 @@ def test_an_illegal_value_is_refused_with_option_value_and_remedy(make, options,
     "options",
     [
         {"use_vllm": True, "top_p": 0.9, "logps_support": "full"},
-        {"use_vllm": True, "top_p": 0.9, "generation_kwargs": {"top_p": 1.0}},  # generation_kwargs win
-        {"use_vllm": True, "temperature": 0.7, "generation_kwargs": {"stop": ["x"], "max_tokens": 3}},
-        {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "generation_kwargs": {"typical_p": 0.5}},
+        {
+            "use_vllm": True,
+            "top_p": 0.9,
+            "generation_kwargs": {"top_p": 1.0},
+        },  # generation_kwargs win
+        {
+            "use_vllm": True,
+            "temperature": 0.7,
+            "generation_kwargs": {"stop": ["x"], "max_tokens": 3},
+        },
+        {
+            "top_p": 0.9,
+            "top_k": 5,
+            "min_p": 0.1,
+            "repetition_penalty": 1.2,
+            "generation_kwargs": {"typical_p": 0.5},
+        },
         {"generation_kwargs": {"do_sample": False}, "logps_support": "full"},
     ],
     ids=str,
@@ -156,9 +188,14 @@ def test_an_unknown_option_is_refused_with_the_closest_name(make):
         make(epsilom=0.2)
 
 
-@pytest.mark.parametrize("field", [f for f in OURS if rules_of(f).later], ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    "field", [f for f in OURS if rules_of(f).later], ids=lambda field: field.name
+)
 def test_what_is_not_there_yet_is_refused_and_never_ignored(make, field):
-    other = {bool: lambda: not field.default, str: lambda: (rules_of(field).choices or ["x"] * 2)[-1]}
+    other = {
+        bool: lambda: not field.default,
+        str: lambda: (rules_of(field).choices or ["x"] * 2)[-1],
+    }
     value = other.get(type(field.default), lambda: 3)()
     with pytest.raises(ValueError, match=f"{field.name}=.*not available yet"):
         make(**{field.name: value})
@@ -204,17 +241,34 @@ COPIES = {
         ({"generation_batch_size": 32}, {"per_device_train_batch_size": 4}, 8, 32),
         ({"generation_batch_size": 32}, {"generation_batch_size": 64}, 8, 64),
         ({"steps_per_generation": 4}, {"learning_rate": 1e-5}, 4, 32),
-        ({"steps_per_generation": 4}, {"per_device_train_batch_size": 4, "num_generations": 4}, 4, 16),
+        (
+            {"steps_per_generation": 4},
+            {"per_device_train_batch_size": 4, "num_generations": 4},
+            4,
+            16,
+        ),
         # equal to what would have been worked out before the change, but given
         ({}, {"per_device_train_batch_size": 4, "generation_batch_size": 8}, 2, 8),
         # back to the default
-        ({"steps_per_generation": 4}, {"steps_per_generation": None, "generation_batch_size": None}, 1, 8),
+        (
+            {"steps_per_generation": 4},
+            {"steps_per_generation": None, "generation_batch_size": None},
+            1,
+            8,
+        ),
         # the same thing twice is no contradiction, and the steps are what was given
-        ({"steps_per_generation": 4, "generation_batch_size": 32}, {"per_device_train_batch_size": 4}, 4, 16),
+        (
+            {"steps_per_generation": 4, "generation_batch_size": 32},
+            {"per_device_train_batch_size": 4},
+            4,
+            16,
+        ),
     ],
 )
 @pytest.mark.parametrize("copied", COPIES, ids=COPIES)
-def test_a_replaced_option_wins_over_sizes_that_were_worked_out(make, options, changes, steps, rows, copied):
+def test_a_replaced_option_wins_over_sizes_that_were_worked_out(
+    make, options, changes, steps, rows, copied
+):
     config = dataclasses.replace(COPIES[copied](make(**options)), **changes)
     assert (config.steps_per_generation, config.generation_batch_size) == (steps, rows)
     for name in changes.keys() - SIZES:
@@ -222,7 +276,9 @@ def test_a_replaced_option_wins_over_sizes_that_were_worked_out(make, options, c
 
 
 def test_a_replaced_size_that_contradicts_a_given_one_is_refused(make):
-    with pytest.raises(ValueError, match="generation_batch_size=64 and steps_per_generation=4 contradict"):
+    with pytest.raises(
+        ValueError, match="generation_batch_size=64 and steps_per_generation=4 contradict"
+    ):
         dataclasses.replace(make(steps_per_generation=4), generation_batch_size=64)
 
 
@@ -231,10 +287,16 @@ def test_a_size_taken_from_another_config_is_given(make):
     assert make(generation_batch_size=other.generation_batch_size).steps_per_generation == 4
 
 
-@pytest.mark.parametrize("options", [{}, {"steps_per_generation": 4}, {"generation_batch_size": 32}], ids=str)
-@pytest.mark.parametrize("written", [dict, lambda values: json.loads(json.dumps(values))], ids=["dict", "json"])
+@pytest.mark.parametrize(
+    "options", [{}, {"steps_per_generation": 4}, {"generation_batch_size": 32}], ids=str
+)
+@pytest.mark.parametrize(
+    "written", [dict, lambda values: json.loads(json.dumps(values))], ids=["dict", "json"]
+)
 def test_a_config_can_be_made_of_what_to_dict_says(make, options, written):
-    config = make(temperature=0.7, warmup_ratio=0.1, scale_rewards=False, eval_strategy="steps", **options)
+    config = make(
+        temperature=0.7, warmup_ratio=0.1, scale_rewards=False, eval_strategy="steps", **options
+    )
     values = config.to_dict()
     assert {type(values[name]) for name in SIZES} == {int}
     assert GMPOConfig(**written(values)).to_dict() == values

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def make():
-    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_configuration", ROOT / "docs" / "make_configuration.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -41,8 +41,16 @@ def gmpo_imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "gmpo" else {node.module}
-    return {name.split(".")[1] for name in names if name.startswith("gmpo.") and name.split(".")[1] in FLOORS}
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "gmpo"
+                else {node.module}
+            )
+    return {
+        name.split(".")[1]
+        for name in names
+        if name.startswith("gmpo.") and name.split(".")[1] in FLOORS
+    }
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -54,12 +62,18 @@ def test_imports_go_down(path):
     for other in gmpo_imports(path) - {here}:
         below = FLOORS[other] < FLOORS[here]
         composes = FLOORS[other] == FLOORS[here] == 4 or (here == "config" and FLOORS[other] <= 3)
-        assert below or composes, f"{here} (floor {FLOORS[here]}) imports {other} (floor {FLOORS[other]})"
+        assert below or composes, (
+            f"{here} (floor {FLOORS[here]}) imports {other} (floor {FLOORS[other]})"
+        )
 
 
 def test_the_config_reads_settings_and_checks_alone_of_the_stages():
     for node in ast.walk(ast.parse((ROOT / "config.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[1:2] in [[s] for s in STAGES]:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[1:2] in [[s] for s in STAGES]
+        ):
             assert node.module.endswith((".settings", "objective.family")), node.module
 
 
@@ -67,7 +81,9 @@ def test_the_config_reads_settings_and_checks_alone_of_the_stages():
 def test_a_cheap_import_pulls_in_nothing_heavy(module):
     heavy = "('torch', 'transformers', 'datasets', 'vllm', 'peft')"
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 

@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             function), and everything under `gmpo --debug`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    position = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    position = next(
+        (i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments)
+    )
     parser = top_level_parser()
     options = parser.parse_args(arguments[:position])
     if position == len(arguments):
@@ -48,11 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug or not for_users or needs_traceback(error):
             raise
         lines = [f"gmpo {command}: {error}", *getattr(error, "__notes__", ())]
-        return complain("\n".join([*lines, f"(gmpo --debug {command} ... shows where this comes from)"]))
+        return complain(
+            "\n".join([*lines, f"(gmpo --debug {command} ... shows where this comes from)"])
+        )
     except KeyboardInterrupt as error:
         if options.debug:
             raise
-        return complain("\n".join([f"gmpo {command}: interrupted.", *getattr(error, "__notes__", ())]), status=130)
+        return complain(
+            "\n".join([f"gmpo {command}: interrupted.", *getattr(error, "__notes__", ())]),
+            status=130,
+        )
     return 0
 
 
@@ -85,7 +92,9 @@ def needs_traceback(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     if any(is_user_code(frame.filename) for frame in frames):
         return True
-    training = any(frame.name == "train" and frame.filename.endswith("trainer.py") for frame in frames)
+    training = any(
+        frame.name == "train" and frame.filename.endswith("trainer.py") for frame in frames
+    )
     return training and not is_within(frames[-1].filename, package_folder())
 
 

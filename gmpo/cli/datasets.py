@@ -84,10 +84,14 @@ def with_prompt_column(rows: Any, column: str, spec: str) -> Any:
         raise ValueError(f"{spec!r} has no column {column!r}, but {', '.join(names)}.{hint}")
     if column == "prompt":
         return rows
-    return (rows.remove_columns("prompt") if "prompt" in names else rows).rename_column(column, "prompt")
+    return (rows.remove_columns("prompt") if "prompt" in names else rows).rename_column(
+        column, "prompt"
+    )
 
 
-def shaped_prompt(row: dict[str, Any], *, system_prompt: str | None, as_messages: bool) -> dict[str, Any]:
+def shaped_prompt(
+    row: dict[str, Any], *, system_prompt: str | None, as_messages: bool
+) -> dict[str, Any]:
     """The prompt of `row` with its system prompt, as messages if asked for.  A system message of its own is kept."""
     prompt = row["prompt"]
     if isinstance(prompt, str) and not as_messages:

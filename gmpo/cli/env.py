@@ -4,7 +4,17 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 
-PACKAGES = ("gmpo", "torch", "transformers", "accelerate", "datasets", "peft", "vllm", "deepspeed", "reasoning-gym")
+PACKAGES = (
+    "gmpo",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "vllm",
+    "deepspeed",
+    "reasoning-gym",
+)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -30,7 +40,9 @@ def device() -> str:
 
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
+        names = ", ".join(
+            f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices
+        )
         return f"{names}, CUDA {torch.version.cuda}"
     if torch.backends.mps.is_available():
         return "Apple GPU (mps)"

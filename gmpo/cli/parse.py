@@ -39,11 +39,13 @@ class ScriptOptions:
 
     model: str | None = option(None, "Name or path of the model to train.")
     dataset: str | None = option(
-        None, "Rows to train on: a dataset on the hub, a .jsonl, .json, .parquet or .csv file, or reasoning_gym:TASK."
+        None,
+        "Rows to train on: a dataset on the hub, a .jsonl, .json, .parquet or .csv file, or reasoning_gym:TASK.",
     )
     dataset_split: str = option("train", "Split of the dataset.")
     dataset_kwargs: dict[str, Any] | str | None = option(
-        None, "Mapping: keywords for load_dataset (`name`, `data_dir`, ...), or the task's own for reasoning_gym."
+        None,
+        "Mapping: keywords for load_dataset (`name`, `data_dir`, ...), or the task's own for reasoning_gym.",
     )
     prompt_column: str = option("prompt", "Column of the dataset that holds the prompt.")
     prompt_format: str = option(
@@ -52,22 +54,32 @@ class ScriptOptions:
         choices=("auto", "messages", "text"),
     )
     system_prompt: str | None = option(None, "Put before every prompt.")
-    eval_dataset: str | None = option(None, "Rows for evaluation (see eval_strategy); as `dataset`, may be the same.")
+    eval_dataset: str | None = option(
+        None, "Rows for evaluation (see eval_strategy); as `dataset`, may be the same."
+    )
     eval_dataset_split: str = option("test", "Split of the evaluation dataset.")
     eval_dataset_kwargs: dict[str, Any] | str | None = option(
-        None, "As dataset_kwargs. For the reasoning_gym task of `dataset`: what differs; other entries are drawn."
+        None,
+        "As dataset_kwargs. For the reasoning_gym task of `dataset`: what differs; other entries are drawn.",
     )
     reward: list[str] | None = option(
         None,
         "One or more: a built-in name (accuracy, number_match, think_format, bare_number, reasoning_gym, ...), "
         "file.py:function, or a reward model. None: the verifier of the reasoning_gym task.",
     )
-    algorithm: str = option("gmpo", "gmpo, or the GRPO family (see loss_type).", choices=tuple(CONFIGS))
-    peft: dict[str, Any] | str | None = option(
-        None, "Mapping: train a LoRA adapter with these options of peft.LoraConfig, for example {r: 16}."
+    algorithm: str = option(
+        "gmpo", "gmpo, or the GRPO family (see loss_type).", choices=tuple(CONFIGS)
     )
-    resume: str | None = option(None, "Go on from this checkpoint folder, or from the 'latest' in output_dir.")
-    dry_run: bool = option(False, "Print the resolved options and the batch arithmetic, without loading weights.")
+    peft: dict[str, Any] | str | None = option(
+        None,
+        "Mapping: train a LoRA adapter with these options of peft.LoraConfig, for example {r: 16}.",
+    )
+    resume: str | None = option(
+        None, "Go on from this checkpoint folder, or from the 'latest' in output_dir."
+    )
+    dry_run: bool = option(
+        False, "Print the resolved options and the batch arithmetic, without loading weights."
+    )
 
     def __post_init__(self):
         for field in fields(self):
@@ -77,7 +89,9 @@ class ScriptOptions:
         check_options(self)
         for name in ("model", "dataset"):
             if getattr(self, name) is None:
-                raise ValueError(f"There is no {name}. Give --{name} NAME, or `{name}: NAME` in the config file.")
+                raise ValueError(
+                    f"There is no {name}. Give --{name} NAME, or `{name}: NAME` in the config file."
+                )
 
 
 def parse(arguments: Sequence[str]) -> tuple[ScriptOptions, GRPOConfig]:
@@ -91,10 +105,14 @@ def parse(arguments: Sequence[str]) -> tuple[ScriptOptions, GRPOConfig]:
     path = flags.pop("config", None)
     written = read_yaml(path) if path else {}
     algorithm = {**written, **flags}.get("algorithm", "gmpo")
-    config_class = CONFIGS.get(algorithm, GMPOConfig)  # another algorithm is refused by ScriptOptions
+    config_class = CONFIGS.get(
+        algorithm, GMPOConfig
+    )  # another algorithm is refused by ScriptOptions
     values = {**converted(written, config_class, path), **flags}
     script_names = {field.name for field in fields(ScriptOptions)}
-    script = ScriptOptions(**{name: value for name, value in values.items() if name in script_names})
+    script = ScriptOptions(
+        **{name: value for name, value in values.items() if name in script_names}
+    )
     own = {name: value for name, value in values.items() if name not in script_names}
     own.setdefault("output_dir", f"{Path(str(script.model)).name}-{algorithm.upper()}")
     return script, config_class(**own)
@@ -125,7 +143,9 @@ class FlagParser(HfArgumentParser):
 
     def types(self) -> dict[str, Any]:
         """What turns a flag's text into its value, by option."""
-        return {action.dest: action.type for action in self._actions if action.nargs not in ("+", 0)}
+        return {
+            action.dest: action.type for action in self._actions if action.nargs not in ("+", 0)
+        }
 
 
 def script_argument(name: str) -> dict[str, Any]:
@@ -133,7 +153,11 @@ def script_argument(name: str) -> dict[str, Any]:
     declared = str(ScriptOptions.__annotations__[name])
     if "bool" in declared:
         return {"type": string_to_bool}
-    return {"nargs": "+", "action": "extend", "type": str} if declared.startswith("list") else {"type": str}
+    return (
+        {"nargs": "+", "action": "extend", "type": str}
+        if declared.startswith("list")
+        else {"type": str}
+    )
 
 
 def boolean(text: str) -> bool:
@@ -160,7 +184,12 @@ def parse_flags(arguments: Sequence[str], config_class: type[GRPOConfig]) -> dic
 
 
 def known_options(config_class: type[GRPOConfig]) -> set[str]:
-    return {field.name for owner in (ScriptOptions, config_class) for field in fields(owner) if field.init}
+    return {
+        field.name
+        for owner in (ScriptOptions, config_class)
+        for field in fields(owner)
+        if field.init
+    }
 
 
 def unknown_option(name: str, known: set[str], *, source: str = "") -> str:
@@ -183,12 +212,18 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: 1e-6 is a number, and `no` and `off` are words (as in `save_strategy: no`), not false."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's protocol)
-        start: [(tag, form) for tag, form in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+        start: [
+            (tag, form)
+            for tag, form in resolvers
+            if not tag.endswith((":bool", ":float", ":timestamp"))
+        ]
         for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF")
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?((\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|\.inf|\.Inf|\.INF)$|^\.(nan|NaN|NAN)$"),
@@ -205,11 +240,15 @@ def read_yaml(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a mapping. Write one `option: value` per line.")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not a mapping. Write one `option: value` per line."
+        )
     return content or {}
 
 
-def converted(written: Mapping[str, Any], config_class: type[GRPOConfig], path: str | None) -> dict[str, Any]:
+def converted(
+    written: Mapping[str, Any], config_class: type[GRPOConfig], path: str | None
+) -> dict[str, Any]:
     """The file's options, checked by name; text for an option of another type is read as that flag's text would be."""
     known, types = known_options(config_class), FlagParser(config_class).types()
     values = {}

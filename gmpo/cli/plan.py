@@ -28,7 +28,11 @@ def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> 
     left_out |= {name for name, value in vars(config).items() if isinstance(value, Resolved)}
     values = {name: value for name, value in config.to_dict().items() if name not in left_out}
     changed = changed_options(config).keys() | {"output_dir"}
-    own = {name: value for name, value in vars(script).items() if value is not None and name != "dry_run"}
+    own = {
+        name: value
+        for name, value in vars(script).items()
+        if value is not None and name != "dry_run"
+    }
     first = {name: value for name, value in values.items() if name in changed}
     rest = {name: value for name, value in values.items() if name not in changed}
     return "\n".join(
@@ -44,15 +48,22 @@ def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> 
 
 
 def as_yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
+    return yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False
+    )
 
 
 def arithmetic(config: GRPOConfig, num_prompts: int | None) -> Iterator[str]:
     """How prompts become completions, collections and optimizer steps, a line each."""
     completions = config.generation_batch_size
     micro_steps = config.micro_steps_per_collection
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    prompts, updates = config.prompts_per_collection, micro_steps / config.gradient_accumulation_steps
+    rows = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    )
+    prompts, updates = (
+        config.prompts_per_collection,
+        micro_steps / config.gradient_accumulation_steps,
+    )
     yield f"# a collection: {prompts} prompts x {config.num_generations} = {completions} completions"
     yield f"# an optimizer step: {rows} completions of {config.world_size} process(es); {updates:g} per collection"
     if config.clip_window_is_inert:

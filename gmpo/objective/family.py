@@ -33,7 +33,12 @@ class Objective:
     correction: Correction | None
 
     def loss(
-        self, inputs: ObjectiveInputs, denominators: Denominators, *, progress: float = 0.0, entropy_coef: float = 0.0
+        self,
+        inputs: ObjectiveInputs,
+        denominators: Denominators,
+        *,
+        progress: float = 0.0,
+        entropy_coef: float = 0.0,
     ) -> tuple[Tensor, Statistics]:
         """This chunk's share of the optimizer batch's loss; shares add up to it exactly, however rows are cut.
 
@@ -78,16 +83,29 @@ class Objective:
         if self.mean_power_final is None:
             return self.options
         start = self.options["mean_power"]
-        return {**self.options, "mean_power": start + (self.mean_power_final - start) * min(max(progress, 0.0), 1.0)}
+        return {
+            **self.options,
+            "mean_power": start + (self.mean_power_final - start) * min(max(progress, 0.0), 1.0),
+        }
 
 
 def prepared(inputs: ObjectiveInputs) -> ObjectiveInputs:
     """The same in float32, or wider where a field is, and with no gradient but in log-probs and entropy."""
     fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    floats = {name: value for name, value in fields.items() if value is not None and value.is_floating_point()}
-    width = torch.float64 if any(value.dtype == torch.float64 for value in floats.values()) else torch.float32
+    floats = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and value.is_floating_point()
+    }
+    width = (
+        torch.float64
+        if any(value.dtype == torch.float64 for value in floats.values())
+        else torch.float32
+    )
     floats = {name: value.to(width) for name, value in floats.items()}
-    constant = {name: value.detach() for name, value in floats.items() if name not in ("logps", "entropy")}
+    constant = {
+        name: value.detach() for name, value in floats.items() if name not in ("logps", "entropy")
+    }
     return dataclasses.replace(inputs, **floats | constant)
 
 

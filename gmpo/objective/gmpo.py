@@ -56,12 +56,16 @@ def gmpo(
     )
 
 
-def capped(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float, ceiling: float | None = None) -> Tensor:
+def capped(
+    log_ratio: Tensor, advantages: Tensor, *, low: float, high: float, ceiling: float | None = None
+) -> Tensor:
     """The log-ratio, bounded on the side where the objective would gain from moving on.
 
     On its bound it keeps its gradient.  A = 0 is bounded from above, since 0 * exp(large) would be NaN.
     """
-    return torch.where(advantages >= 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low, max=ceiling))
+    return torch.where(
+        advantages >= 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low, max=ceiling)
+    )
 
 
 def row_weight(x: SurrogateInputs) -> Tensor:

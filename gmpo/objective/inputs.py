@@ -25,7 +25,9 @@ class Denominators:
 
     rows: float  # rows of the optimizer batch
     tokens: float  # counted tokens (mask) of the optimizer batch
-    micro_batch_tokens: float  # counted tokens of the micro-batch that this chunk belongs to, on this rank
+    micro_batch_tokens: (
+        float  # counted tokens of the micro-batch that this chunk belongs to, on this rank
+    )
     micro_batches: float  # micro-batches of the optimizer batch, over all ranks
     max_completion_length: int
 

@@ -22,7 +22,9 @@ def sapo(
     """
     # The gate is flat long before the limit; beyond it, a zero slope times an infinite ratio would be NaN.
     ratio = log_weights(x, importance_sampling_level).clamp(max=EXPONENT_LIMIT).exp()
-    tau = torch.full_like(x.advantages, sapo_temperature_pos).where(x.advantages > 0, sapo_temperature_neg)
+    tau = torch.full_like(x.advantages, sapo_temperature_pos).where(
+        x.advantages > 0, sapo_temperature_neg
+    )
     gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     nowhere = torch.zeros_like(x.select)
     return Surrogate(

@@ -24,7 +24,9 @@ def entropy_threshold(entropies: Tensor, top_entropy_quantile: float) -> Tensor:
         return entropies.new_tensor(torch.inf)
     position = (1 - top_entropy_quantile) * (count - 1)
     rank = int(position)
-    ordered = entropies.sort().values  # kthvalue takes quadratic time on a CPU where values come in falling order
+    ordered = (
+        entropies.sort().values
+    )  # kthvalue takes quadratic time on a CPU where values come in falling order
     return ordered[rank].lerp(ordered[min(rank + 1, count - 1)], position - rank)
 
 

@@ -27,7 +27,11 @@ def largest(values: Tensor, counted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def statistics(
-    x: ObjectiveInputs, terms: SurrogateInputs, surrogate: Surrogate, kl: Tensor | None, correction: Correction | None
+    x: ObjectiveInputs,
+    terms: SurrogateInputs,
+    surrogate: Surrogate,
+    kl: Tensor | None,
+    correction: Correction | None,
 ) -> Statistics:
     """All figures of a chunk.
 
@@ -90,5 +94,7 @@ def sampling_statistics(x: ObjectiveInputs, correction: Correction | None) -> St
     figures.minima[f"{name}/min"] = smallest(ratio, counted)
     figures.means[f"{name}/mean"] = mean(ratio, counted)
     figures.maxima[f"{name}/max"] = largest(ratio, counted)
-    figures.means[f"{name}/{'masked' if correction.masks else 'truncated'}"] = mean(outside, counted)
+    figures.means[f"{name}/{'masked' if correction.masks else 'truncated'}"] = mean(
+        outside, counted
+    )
     return figures

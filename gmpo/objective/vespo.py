@@ -30,7 +30,9 @@ def vespo(
     k = torch.full_like(x.advantages, vespo_k_pos).where(positive, vespo_k_neg)
     decay = torch.full_like(x.advantages, vespo_lambda_pos).where(positive, vespo_lambda_neg)
     log_weight = log_completion_weight(x)
-    phi = (decay + k * log_weight - decay * log_weight.exp()).exp()  # [B, 1] ([B, T] with advantages of that shape)
+    phi = (
+        decay + k * log_weight - decay * log_weight.exp()
+    ).exp()  # [B, 1] ([B, T] with advantages of that shape)
     nowhere = torch.zeros_like(x.select)
     return Surrogate(
         loss=torch.where(x.select, -phi * x.advantages * x.logps, 0),
@@ -42,7 +44,9 @@ def vespo(
 
 def log_completion_weight(x: SurrogateInputs) -> Tensor:
     """[B, 1]: log W, detached.  A dropped token or row (correction 0) counts as 1e-8, and all but mutes its row."""
-    ratios = torch.where(x.mask, x.log_ratio.detach().clamp(-HIGHEST, HIGHEST), 0).sum(-1, keepdim=True)
+    ratios = torch.where(x.mask, x.log_ratio.detach().clamp(-HIGHEST, HIGHEST), 0).sum(
+        -1, keepdim=True
+    )
     corrections = x.correction.log().clamp(LOWEST, HIGHEST)
     if corrections.shape[-1] == x.mask.shape[-1]:  # one per token
         corrections = torch.where(x.mask, corrections, 0)

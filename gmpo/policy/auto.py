@@ -20,7 +20,9 @@ from gmpo.policy.settings import PolicySettings
 from gmpo.policy.shared_prefix import shared_prefix
 from gmpo.types import Batch
 
-LogpsOf = Callable[[Batch, Plan], tuple[Tensor, torch.dtype]]  # log-probs [B, T], and how the model computed
+LogpsOf = Callable[
+    [Batch, Plan], tuple[Tensor, torch.dtype]
+]  # log-probs [B, T], and how the model computed
 OTHERS = ("packed", "shared_prefix")
 
 # Largest mean difference in nats between the log-probs of two layouts that compute the same: by the dtype of the model.
@@ -77,7 +79,11 @@ class Layouts:
         sizes = [
             len(chosen.rows) * chosen.columns
             for verdict in self.verdicts.values() or [Verdict(dict.fromkeys(OTHERS, ""), 1)]
-            for chosen in [self._cheapest(batch, self._kinds(verdict) or ["padded"], verdict.hidden_size, last_token)]
+            for chosen in [
+                self._cheapest(
+                    batch, self._kinds(verdict) or ["padded"], verdict.hidden_size, last_token
+                )
+            ]
         ]
         return max(sizes)
 
@@ -89,7 +95,11 @@ class Layouts:
 
     def _kinds(self, verdict: Verdict) -> list[str]:
         """Layouts to choose from, those first that win a tie."""
-        wanted = ("padded", *OTHERS) if self.settings.batch_layout == "auto" else (self.settings.batch_layout,)
+        wanted = (
+            ("padded", *OTHERS)
+            if self.settings.batch_layout == "auto"
+            else (self.settings.batch_layout,)
+        )
         return [kind for kind in wanted if kind not in verdict.refused]
 
     def _cheapest(self, batch: Batch, kinds: list[str], hidden_size: int, last_token: bool) -> Plan:
@@ -113,11 +123,19 @@ class Layouts:
             return dict.fromkeys(kinds, reason)
         rows = check_rows(batch)
         one_row = lambda rows, columns: rows  # noqa: E731
-        candidates = {"packed": packed(rows, one_row), "shared_prefix": shared_prefix(rows, one_row)}
+        candidates = {
+            "packed": packed(rows, one_row),
+            "shared_prefix": shared_prefix(rows, one_row),
+        }
         expected, dtype = logps_of(rows, padded(rows))
         refused = {}
         for kind in kinds:
-            fault = _fault(expected, lambda kind=kind: logps_of(rows, candidates[kind])[0], rows.mask, tolerance(dtype))
+            fault = _fault(
+                expected,
+                lambda kind=kind: logps_of(rows, candidates[kind])[0],
+                rows.mask,
+                tolerance(dtype),
+            )
             if fault is not None:
                 refused[kind] = fault
         return refused
@@ -125,10 +143,14 @@ class Layouts:
     def _announce(self, key: str) -> None:
         if self.settings.batch_layout == "auto":
             for kind, reason in self.verdicts[key].refused.items():
-                warnings.warn(f"batch_layout='auto' leaves out '{kind}' for {key}: {reason}.", stacklevel=2)
+                warnings.warn(
+                    f"batch_layout='auto' leaves out '{kind}' for {key}: {reason}.", stacklevel=2
+                )
 
 
-def _fault(expected: Tensor, compute: Callable[[], Tensor], mask: Tensor, limit: float) -> str | None:
+def _fault(
+    expected: Tensor, compute: Callable[[], Tensor], mask: Tensor, limit: float
+) -> str | None:
     """What is wrong with the log-probs that `compute` gives; None if nothing is."""
     try:
         found = compute()
@@ -177,7 +199,9 @@ def check_rows(batch: Batch) -> Batch:
     prompts = list({id(prompt): prompt for prompt in batch.prompt_ids}.values())
     prompts = [prompt[-CHECK_TOKENS:] for prompt in sorted(prompts, key=len, reverse=True)[:2]]
     order = batch.lengths.argsort(descending=True)[:2].tolist()
-    completions = [batch.completion_ids[row, : int(batch.lengths[row])][:CHECK_TOKENS] for row in order]
+    completions = [
+        batch.completion_ids[row, : int(batch.lengths[row])][:CHECK_TOKENS] for row in order
+    ]
     spare = torch.arange(3, device=device)
     prompts += [spare + 1, spare + 2][len(prompts) :]
     completions += [completions[0].flip(0) if completions else spare] * (2 - len(completions))
@@ -198,6 +222,10 @@ def check_rows(batch: Batch) -> Batch:
 
 def tolerance(dtype: torch.dtype) -> float:
     """`TOLERANCE` for a model that computes in `dtype`."""
-    if dtype == torch.float32 and torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32:
+    if (
+        dtype == torch.float32
+        and torch.cuda.is_available()
+        and torch.backends.cuda.matmul.allow_tf32
+    ):
         dtype = torch.float16  # TF32 keeps as many digits
     return TOLERANCE.get(dtype, max(TOLERANCE.values()))

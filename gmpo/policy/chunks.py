@@ -19,7 +19,9 @@ def cut(batch: Batch, tokens_of: TokensOf, max_tokens: int) -> list[list[int]]:
     pieces = [piece for group in groups.values() for piece in _halves(group, tokens_of, max_tokens)]
     sizes = [tokens_of(piece) for piece in pieces]
     for number in range(max(1, min(sum(sizes) // (2 * max_tokens), len(pieces))), len(pieces)):
-        sets = [sorted(row for piece in part for row in pieces[piece]) for part in spread(sizes, number)]
+        sets = [
+            sorted(row for piece in part for row in pieces[piece]) for part in spread(sizes, number)
+        ]
         if all(len(rows) == 1 or tokens_of(rows) <= max_tokens for rows in sets):
             return sets
     return pieces
@@ -30,4 +32,7 @@ def _halves(rows: list[int], tokens_of: TokensOf, max_tokens: int) -> list[list[
     if len(rows) == 1 or tokens_of(rows) <= max_tokens:
         return [rows]
     middle = (len(rows) + 1) // 2
-    return [*_halves(rows[:middle], tokens_of, max_tokens), *_halves(rows[middle:], tokens_of, max_tokens)]
+    return [
+        *_halves(rows[:middle], tokens_of, max_tokens),
+        *_halves(rows[middle:], tokens_of, max_tokens),
+    ]

@@ -15,7 +15,9 @@ from gmpo.policy.head import PLAIN, Transform, computing_dtype
 from gmpo.policy.shaping import Shaping
 from gmpo.policy.tiles import LinearTiles
 
-LossOfTile = Callable[[int, Tensor, Tensor], Tensor]  # (number of the tile, logps [r], entropy [r]) -> scalar
+LossOfTile = Callable[
+    [int, Tensor, Tensor], Tensor
+]  # (number of the tile, logps [r], entropy [r]) -> scalar
 
 
 def fused_loss(
@@ -37,7 +39,9 @@ def fused_loss(
         shaping: [N] what the sampler did to the logits; None: nothing.
     """
     dtype = computing_dtype(hidden, head)
-    return _FusedLoss.apply(hidden, head.weight, head.bias, targets, sizes, loss_of, dtype, transform, shaping)
+    return _FusedLoss.apply(
+        hidden, head.weight, head.bias, targets, sizes, loss_of, dtype, transform, shaping
+    )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -47,17 +51,27 @@ class _FusedLoss(torch.autograd.Function):
             tiles = LinearTiles(weight, bias, dtype, transform)
             total = torch.zeros((), dtype=tiles.wide, device=hidden.device)
             into_hidden = torch.zeros(hidden.shape, dtype=tiles.wide, device=hidden.device)
-            into_weight = torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
-            into_bias = torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
+            into_weight = (
+                torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
+            )
+            into_bias = (
+                torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
+            )
             stop = 0
             for number, size in enumerate(sizes):
                 rows = slice(stop, stop := stop + size)
-                logps, entropy = tiles.scores(hidden[rows], targets[rows], None if shaping is None else shaping[rows])
-                share, into_logps, into_entropy = _loss_and_gradients(loss_of, number, logps, entropy)
+                logps, entropy = tiles.scores(
+                    hidden[rows], targets[rows], None if shaping is None else shaping[rows]
+                )
+                share, into_logps, into_entropy = _loss_and_gradients(
+                    loss_of, number, logps, entropy
+                )
                 total += share
                 if into_logps is not None or into_entropy is not None:
                     into_logps = torch.zeros_like(logps) if into_logps is None else into_logps
-                    into_hidden[rows] = tiles.gradients(into_logps, into_entropy, into_weight, into_bias)
+                    into_hidden[rows] = tiles.gradients(
+                        into_logps, into_entropy, into_weight, into_bias
+                    )
         ctx.found = [
             (found, given.dtype)
             for found, given in ((into_hidden, hidden), (into_weight, weight), (into_bias, bias))
@@ -71,7 +85,15 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         found, ctx.found = ctx.found, None
         found = iter([tensor.mul_(grad_outputs[0]).to(dtype) for tensor, dtype in found])
-        return *(next(found) if present else None for present in ctx.present), None, None, None, None, None, None
+        return (
+            *(next(found) if present else None for present in ctx.present),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _loss_and_gradients(

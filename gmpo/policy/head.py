@@ -135,7 +135,11 @@ def find_transform(model: nn.Module, device: torch.device, temperature: float) -
     name = type(unwrapped(model)).__name__
     head = Head(find_head(model))
     wide = torch.float32 if device.type == "mps" else torch.float64
-    probe = torch.tensor([0.0, 2**-30, -0.1, 0.5, -1.0, 3.0, -10.0, 30.0, -100.0, 1e3, 1e6], dtype=wide, device=device)
+    probe = torch.tensor(
+        [0.0, 2**-30, -0.1, 0.5, -1.0, 3.0, -10.0, 30.0, -100.0, 1e3, 1e6],
+        dtype=wide,
+        device=device,
+    )
     given = []
 
     def forward(hidden: Tensor) -> Tensor:
@@ -146,7 +150,9 @@ def find_transform(model: nn.Module, device: torch.device, temperature: float) -
         token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         answer = alone(model)(input_ids=token, use_cache=False).logits
     if not given:
-        raise ValueError(f"{name} does not call its output embeddings to make logits: it can't be scored.")
+        raise ValueError(
+            f"{name} does not call its output embeddings to make logits: it can't be scored."
+        )
     if answer.shape == given[0].shape and torch.equal(answer, answer[..., :1].expand_as(answer)):
         answer = answer[0, :, 0].to(wide)
         slope, last = (answer[1] / probe[1]).item(), answer[-1].item()
@@ -170,7 +176,11 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        widths = [cast(int, inner.out_features) for inner in self.module.modules() if hasattr(inner, "out_features")]
+        widths = [
+            cast(int, inner.out_features)
+            for inner in self.module.modules()
+            if hasattr(inner, "out_features")
+        ]
         return max(widths or [len(parameter) for parameter in self.module.parameters()])
 
 

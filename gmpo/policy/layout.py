@@ -28,7 +28,9 @@ class Layout:
     tree: Tensor  # [R, L] int64, which tree a token belongs to, -1 on padding
     branch: Tensor  # [R, L] int64, 0 in a prompt, else which completion
     weight: Tensor  # [R, L] float32, rows of the batch that contain the token, 0 on padding
-    source: Tensor  # [B, T] int64, where in [R * L] the state is that predicts the token; 0 on padding
+    source: (
+        Tensor  # [B, T] int64, where in [R * L] the state is that predicts the token; 0 on padding
+    )
     kind: str
 
 
@@ -98,9 +100,13 @@ def spread(sizes: Sequence[int], number: int) -> list[list[int]]:
 def lay_out(batch: Batch, plan: Plan) -> Layout:
     """The tokens of `batch` where `plan` puts them; one token that counts nowhere for a batch of no rows."""
     device = batch.completion_ids.device
-    pool = torch.cat([*(batch.prompt_ids[tree[0]] for tree in plan.trees), batch.completion_ids.flatten()])
+    pool = torch.cat(
+        [*(batch.prompt_ids[tree[0]] for tree in plan.trees), batch.completion_ids.flatten()]
+    )
     segments, last_prompt_token, branch_start = _segments(plan, batch.completion_ids.shape[1])
-    start, length, origin, tree, branch, position, weight = torch.tensor(segments, dtype=torch.int64).view(-1, 7).T
+    start, length, origin, tree, branch, position, weight = (
+        torch.tensor(segments, dtype=torch.int64).view(-1, 7).T
+    )
     places = ranges(start, length).to(device)
     size = (max(len(plan.rows), 1), plan.columns)
 

@@ -21,7 +21,9 @@ class OneDnnLinear(nn.Linear):
     """A linear layer that computes through oneDNN where it can, else as ever."""
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = type(self.weight) in (Tensor, nn.Parameter) and not torch.is_autocast_enabled(input.device.type)
+        plain = type(self.weight) in (Tensor, nn.Parameter) and not torch.is_autocast_enabled(
+            input.device.type
+        )
         if not (plain and serves(input, self.weight)) or torch.compiler.is_compiling():
             return F.linear(input, self.weight, self.bias)
         if torch.is_grad_enabled():
@@ -50,7 +52,10 @@ def is_faster() -> bool:
 
 def serves(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN takes the product of these two."""
-    alike = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
+    alike = (
+        left.dtype == right.dtype == torch.float32
+        and left.device.type == right.device.type == "cpu"
+    )
     dense = right.is_contiguous() or right.t().is_contiguous()
     worthwhile = right.numel() >= SMALLEST and left.numel() > 0
     return alike and dense and worthwhile and bool(torch.backends.mkldnn.enabled)

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gmpo.policy.head import cast_head_to_float32
 from gmpo.policy.linear import use_onednn
@@ -146,7 +151,9 @@ def _check_quantization() -> None:
 
 def _check_model(model: Any, settings: PolicySettings, quantization_config: Any) -> nn.Module:
     if not (isinstance(model, PreTrainedModel) or is_adapted(model)):
-        raise TypeError(f"model is a {type(model).__name__}: give a name, a path, a PreTrainedModel or a PeftModel.")
+        raise TypeError(
+            f"model is a {type(model).__name__}: give a name, a path, a PreTrainedModel or a PeftModel."
+        )
     if settings.model_init_kwargs:
         raise ValueError(
             f"model_init_kwargs={settings.model_init_kwargs!r} is for a model given by name, and model is a "
@@ -162,16 +169,23 @@ def _check_model(model: Any, settings: PolicySettings, quantization_config: Any)
 
 def is_adapted(model: Any) -> bool:
     """Whether `model` is a PeftModel (without importing peft: a PeftModel can't exist before it is imported)."""
-    return any(kind.__name__ == "PeftModel" and kind.__module__.startswith("peft") for kind in type(model).__mro__)
+    return any(
+        kind.__name__ == "PeftModel" and kind.__module__.startswith("peft")
+        for kind in type(model).__mro__
+    )
 
 
 def _add_adapter(policy: nn.Module, peft_config: Any) -> nn.Module:
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("peft_config needs peft, which is not installed. Run `pip install gmpo[peft]`.")
+        raise ValueError(
+            "peft_config needs peft, which is not installed. Run `pip install gmpo[peft]`."
+        )
     from peft import PeftConfig, get_peft_model
 
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config is a {type(peft_config).__name__}: give a PeftConfig, such as LoraConfig(...).")
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}: give a PeftConfig, such as LoraConfig(...)."
+        )
     if is_adapted(policy):
         raise ValueError(
             "peft_config asks for a new adapter, and model has one already. Give the model without its adapter "
@@ -188,4 +202,6 @@ def _check_trainable(policy: nn.Module) -> None:
         remedy = "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
     else:
         remedy = "Set requires_grad on what is to be trained, or pass a peft_config."
-    raise ValueError(f"No parameter of the model ({type(policy).__name__}) can be trained. {remedy}")
+    raise ValueError(
+        f"No parameter of the model ({type(policy).__name__}) can be trained. {remedy}"
+    )

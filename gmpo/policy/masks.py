@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gmpo.policy.layout import Layout
 
-Visible = Callable[[Any, Any, Tensor, Tensor], Tensor]  # (row, head, query place, key place) -> whether it is seen
+Visible = Callable[
+    [Any, Any, Tensor, Tensor], Tensor
+]  # (row, head, query place, key place) -> whether it is seen
 
 
 def attention_masks(layout: Layout, config: Any, dtype: torch.dtype) -> Any:
@@ -74,7 +76,9 @@ def in_chunk(layout: Layout, config: Any) -> Visible:
     seen, position, size = in_tree(layout), layout.position_ids, config.attention_chunk_size
 
     def visible(row: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
-        return seen(row, head, query, key) & (position[row, key] // size == position[row, query] // size)
+        return seen(row, head, query, key) & (
+            position[row, key] // size == position[row, query] // size
+        )
 
     return visible
 
@@ -97,7 +101,9 @@ def boolean_mask(layout: Layout, visible: Visible, dtype: torch.dtype | None = N
 def additive_mask(layout: Layout, visible: Visible, dtype: torch.dtype) -> Tensor:
     """[R, 1, L, L], 0 where the query may see the key, else the lowest number of `dtype`."""
     mask = boolean_mask(layout, visible)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
 
 
 def block_mask(layout: Layout, visible: Visible, dtype: torch.dtype | None = None) -> Any:
@@ -105,7 +111,9 @@ def block_mask(layout: Layout, visible: Visible, dtype: torch.dtype | None = Non
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, columns = layout.input_ids.shape
-    return create_block_mask(visible, rows, None, columns, columns, device=str(layout.input_ids.device))
+    return create_block_mask(
+        visible, rows, None, columns, columns, device=str(layout.input_ids.device)
+    )
 
 
 FORMS = {"sdpa": boolean_mask, "eager": additive_mask, "flex_attention": block_mask}

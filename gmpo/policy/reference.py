@@ -41,7 +41,9 @@ class FrozenCopy:
 
     def __init__(self, policy: nn.Module):
         loaded_in_shards = [p for p in policy.parameters() if hasattr(p, "ds_id")]
-        memo: dict[int, Any] = {id(p): nn.Parameter(whole(p).cpu(), requires_grad=False) for p in loaded_in_shards}
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(whole(p).cpu(), requires_grad=False) for p in loaded_in_shards
+        }
         self.model: Any = copy.deepcopy(policy, memo).eval().requires_grad_(False)
 
     @contextmanager
@@ -50,7 +52,9 @@ class FrozenCopy:
 
     def pairs(self, policy: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         """(name, the reference's tensor, the policy's) of every parameter."""
-        mine, theirs = (named_parameters(unwrapped(resharded(model))) for model in (self.model, policy))
+        mine, theirs = (
+            named_parameters(unwrapped(resharded(model))) for model in (self.model, policy)
+        )
         return [(name, tensor, theirs[name]) for name, tensor in mine.items()]
 
 
@@ -69,8 +73,15 @@ def prepared_reference(model: nn.Module, accelerator: Any, *, rows: int) -> nn.M
         return accelerator.prepare_model(model, evaluation_mode=True)
     import deepspeed  # pyright: ignore
 
-    config = {name: plugin.deepspeed_config[name] for name in ("bf16", "fp16") if name in plugin.deepspeed_config}
-    zero = {"stage": 3, "offload_param": plugin.deepspeed_config["zero_optimization"].get("offload_param")}
+    config = {
+        name: plugin.deepspeed_config[name]
+        for name in ("bf16", "fp16")
+        if name in plugin.deepspeed_config
+    }
+    zero = {
+        "stage": 3,
+        "offload_param": plugin.deepspeed_config["zero_optimization"].get("offload_param"),
+    }
     config |= {"zero_optimization": zero, "train_micro_batch_size_per_gpu": rows}
     engine = deepspeed.initialize(model=model, config=config)[0]
     engine.eval()
@@ -95,7 +106,9 @@ class AdapterCopy:
 
     def __init__(self, policy: nn.Module):
         self.tensors = {
-            name: whole(p).clone() for name, p in find_adapted(policy).named_parameters() if p.requires_grad
+            name: whole(p).clone()
+            for name, p in find_adapted(policy).named_parameters()
+            if p.requires_grad
         }
 
     @contextmanager
@@ -108,7 +121,9 @@ class AdapterCopy:
 
     def pairs(self, policy: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         trained = named_parameters(find_adapted(resharded(policy)))
-        self.tensors = {name: _sharded_like(trained[name], tensor) for name, tensor in self.tensors.items()}
+        self.tensors = {
+            name: _sharded_like(trained[name], tensor) for name, tensor in self.tensors.items()
+        }
         return [(name, tensor, trained[name]) for name, tensor in self.tensors.items()]
 
     @torch.no_grad()
@@ -188,7 +203,9 @@ def _sharded_like(parameter: Any, value: Tensor) -> Tensor:
         return value.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def _changing(parameter: Tensor) -> AbstractContextManager[Any]:

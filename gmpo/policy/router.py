@@ -23,8 +23,12 @@ def recorded_routers(model: nn.Module) -> Iterator[list[Tensor]]:
     They are not asked for with `output_router_logits`: the model would make its own loss of them, with a mask that
     holds rows and columns only.
     """
-    recorders = (getattr(module, "_can_record_outputs", None) or {} for module in unwrapped(model).modules())
-    recorder: Any = next((dict(found)["router_logits"] for found in recorders if "router_logits" in found), None)  # pyright: ignore
+    recorders = (
+        getattr(module, "_can_record_outputs", None) or {} for module in unwrapped(model).modules()
+    )
+    recorder: Any = next(
+        (dict(found)["router_logits"] for found in recorders if "router_logits" in found), None
+    )  # pyright: ignore
     if recorder is None:
         raise ValueError(
             f"{type(unwrapped(model)).__name__} does not say where its router logits come from, which "
@@ -36,7 +40,9 @@ def recorded_routers(model: nn.Module) -> Iterator[list[Tensor]]:
     def record(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
         logits.append(output[index] if isinstance(output, tuple) else output)
 
-    handles = [m.register_forward_hook(record) for m in unwrapped(model).modules() if isinstance(m, kind)]
+    handles = [
+        m.register_forward_hook(record) for m in unwrapped(model).modules() if isinstance(m, kind)
+    ]
     try:
         yield logits
     finally:
@@ -61,7 +67,9 @@ def load_balancing_loss(logits: list[Tensor], weight: Tensor, chosen: int) -> Te
     probabilities = (
         torch.stack([layer.view(-1, experts) for layer in logits]).float().softmax(-1)
     )  # [layers, tokens, experts]
-    picks = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(chosen, dim=-1).indices, 1.0)
+    picks = torch.zeros_like(probabilities).scatter_(
+        -1, probabilities.topk(chosen, dim=-1).indices, 1.0
+    )
     count = weight.sum().clamp_min(1) * len(logits)
     share = (picks * weight[:, None]).sum((0, 1)) / count
     mean = (probabilities * weight[:, None]).sum((0, 1)) / count

@@ -54,8 +54,14 @@ class Scorer:
     head is replaced meanwhile: it gets hidden states, and gives log-probs or a loss instead of logits.
     """
 
-    def __init__(self, settings: PolicySettings, *, temperature: float = 1.0, repetition_penalty: float = 1.0):
-        self.settings, self.temperature, self.repetition_penalty = settings, temperature, repetition_penalty
+    def __init__(
+        self, settings: PolicySettings, *, temperature: float = 1.0, repetition_penalty: float = 1.0
+    ):
+        self.settings, self.temperature, self.repetition_penalty = (
+            settings,
+            temperature,
+            repetition_penalty,
+        )
         self._layouts = Layouts(settings)
         self._transforms: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()
 
@@ -99,7 +105,10 @@ class Scorer:
         run = self._prepare(model, batch)
         routed = run.layout.weight if router_of is not None and self._routed(model) else None
         value, router_loss = _call(
-            model, run, lambda hidden: _loss(run, hidden, loss_of, want_entropy_grad)[None], routed=routed
+            model,
+            run,
+            lambda hidden: _loss(run, hidden, loss_of, want_entropy_grad)[None],
+            routed=routed,
         )
         total = value.squeeze(0)
         return total if router_loss is None or router_of is None else total + router_of(router_loss)
@@ -115,8 +124,12 @@ class Scorer:
         """
         chunks = [list(range(len(batch)))]
         if max_tokens is not None and len(batch):
-            chunks = cut(batch, lambda rows: self._layouts.tokens(batch.rows(torch.tensor(rows))), max_tokens)
-        return [torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks]
+            chunks = cut(
+                batch, lambda rows: self._layouts.tokens(batch.rows(torch.tensor(rows))), max_tokens
+            )
+        return [
+            torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks
+        ]
 
     def tokens(self, batch: Batch) -> int:
         """Tokens of `batch` after layout."""
@@ -146,7 +159,9 @@ class Scorer:
             return _spread(values, rows.mask), dtypes[0]
 
         plan = self._layouts.plan(model, batch, logps_of, last_token=self._routed(model))
-        return _Run(batch, lay_out(batch, plan), head, transform, shaping_of(batch, self.repetition_penalty))
+        return _Run(
+            batch, lay_out(batch, plan), head, transform, shaping_of(batch, self.repetition_penalty)
+        )
 
     def _transform(self, model: nn.Module, device: torch.device) -> Transform:
         causal = unwrapped(model)
@@ -155,11 +170,17 @@ class Scorer:
         return self._transforms[causal]
 
     def _routed(self, model: nn.Module) -> bool:
-        return self.settings.router_aux_loss_coef > 0 and torch.is_grad_enabled() and is_mixture(model)
+        return (
+            self.settings.router_aux_loss_coef > 0 and torch.is_grad_enabled() and is_mixture(model)
+        )
 
 
 def _call(
-    model: nn.Module, run: _Run, compute: Callable[[Tensor], Tensor], *, routed: Tensor | None = None
+    model: nn.Module,
+    run: _Run,
+    compute: Callable[[Tensor], Tensor],
+    *,
+    routed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Call `model` with `compute` (hidden states [R * L, H] -> [K]) in the place of its head.
 
@@ -215,20 +236,31 @@ def _model_inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
     if layout.kind == "padded":
         inputs["attention_mask"] = (layout.tree >= 0).long()
     else:
-        inputs["attention_mask"] = attention_masks(layout, causal.config.get_text_config(), causal.dtype)  # pyright: ignore
+        inputs["attention_mask"] = attention_masks(
+            layout, causal.config.get_text_config(), causal.dtype
+        )  # pyright: ignore
     return inputs
 
 
 def _all_scores(run: _Run, hidden: Tensor, want_entropy_grad: bool) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of all trained tokens, [M] each, in the order of the mask."""
     picked, targets, shaping = _picked(run, hidden, list(range(len(run.batch))))
-    return token_scores(picked, run.head, targets, run.transform, shaping=shaping, want_entropy_grad=want_entropy_grad)
+    return token_scores(
+        picked,
+        run.head,
+        targets,
+        run.transform,
+        shaping=shaping,
+        want_entropy_grad=want_entropy_grad,
+    )
 
 
 def _loss(run: _Run, hidden: Tensor, loss_of: LossOf, want_entropy_grad: bool) -> Tensor:
     """The loss of all rows, a scalar: fused where whole rows fit into tiles, else out of their scores."""
     batch = run.batch
-    fused, others = _tiles(batch.mask.sum(1).tolist(), _capacity(run.head, hidden, want_entropy_grad))
+    fused, others = _tiles(
+        batch.mask.sum(1).tolist(), _capacity(run.head, hidden, want_entropy_grad)
+    )
     lengths = batch.lengths.tolist()
 
     def share(rows: list[int], logps: Tensor, entropy: Tensor) -> Tensor:
@@ -240,7 +272,12 @@ def _loss(run: _Run, hidden: Tensor, loss_of: LossOf, want_entropy_grad: bool) -
     if others or not fused:
         picked, targets, shaping = _picked(run, hidden, others)
         scores = token_scores(
-            picked, run.head, targets, run.transform, shaping=shaping, want_entropy_grad=want_entropy_grad
+            picked,
+            run.head,
+            targets,
+            run.transform,
+            shaping=shaping,
+            want_entropy_grad=want_entropy_grad,
         )
         total = share(others, *scores) if others else scores[0].sum()
     if fused:
@@ -285,16 +322,24 @@ def _picked(run: _Run, hidden: Tensor, rows: list[int]) -> tuple[Tensor, Tensor,
     index = torch.tensor(rows, dtype=torch.int64, device=run.batch.mask.device)
     mask = run.batch.mask[index]
     shaping = None if run.shaping is None else run.shaping[index][mask]
-    return hidden.index_select(0, run.layout.source[index][mask]), run.batch.completion_ids[index][mask], shaping
+    return (
+        hidden.index_select(0, run.layout.source[index][mask]),
+        run.batch.completion_ids[index][mask],
+        shaping,
+    )
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
     """[M] values to where `mask` [B, T] is true, 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+        mask, values
+    )
 
 
 def _check_router_gradient(model: nn.Module, router_loss: Tensor) -> None:
-    if not router_loss.requires_grad and getattr(unwrapped(model), "is_gradient_checkpointing", False):
+    if not router_loss.requires_grad and getattr(
+        unwrapped(model), "is_gradient_checkpointing", False
+    ):
         raise ValueError(
             "router_aux_loss_coef > 0 has no effect under reentrant checkpointing, which hides the routers' gradients. "
             "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0."

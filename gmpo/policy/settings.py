@@ -13,11 +13,17 @@ class PolicySettings:
         "Keywords for from_pretrained when the model is given by name or path (reward models and their tokenizers get "
         "them too). The weights are loaded in float32 unless `dtype` says otherwise.",
     )
-    trust_remote_code: bool = option(False, "Allow code that comes with a model, a tokenizer or a reward model to run.")
+    trust_remote_code: bool = option(
+        False, "Allow code that comes with a model, a tokenizer or a reward model to run."
+    )
     disable_dropout: bool = option(False, "Set every dropout of policy and reference to 0.")
-    cast_lm_head_to_fp32: bool = option(False, "Compute the vocabulary head of policy and reference in float32.")
+    cast_lm_head_to_fp32: bool = option(
+        False, "Compute the vocabulary head of policy and reference in float32."
+    )
     router_aux_loss_coef: float = option(
-        0.001, "Weight of the load-balancing loss of mixture-of-experts models; no effect on a dense model.", low=0.0
+        0.001,
+        "Weight of the load-balancing loss of mixture-of-experts models; no effect on a dense model.",
+        low=0.0,
     )
     pad_to_multiple_of: int | None = option(
         None, "Pad prompts and completions of the padded layout to this multiple.", low=1
@@ -39,6 +45,11 @@ class PolicySettings:
         False, "Move the reference toward the policy every ref_model_sync_steps (needs beta > 0)."
     )
     ref_model_mixup_alpha: float = option(
-        0.6, "With sync_ref_model: reference = (1 - alpha) * reference + alpha * policy.", low=0.0, high=1.0
+        0.6,
+        "With sync_ref_model: reference = (1 - alpha) * reference + alpha * policy.",
+        low=0.0,
+        high=1.0,
     )
-    ref_model_sync_steps: int = option(512, "With sync_ref_model: optimizer steps between two moves.", low=1)
+    ref_model_sync_steps: int = option(
+        512, "With sync_ref_model: optimizer steps between two moves.", low=1
+    )

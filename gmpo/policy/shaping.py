@@ -54,7 +54,9 @@ def shaping_of(batch: Batch, penalty: float) -> Shaping | None:
 def tokens_before(batch: Batch) -> TokenSets:
     """[B, T] the tokens of the prompt and of the completion that come before each token."""
     device, width = batch.completion_ids.device, batch.completion_ids.shape[1]
-    prompts = torch.tensor([len(prompt) for prompt in batch.prompt_ids], dtype=torch.int64, device=device)[:, None]
+    prompts = torch.tensor(
+        [len(prompt) for prompt in batch.prompt_ids], dtype=torch.int64, device=device
+    )[:, None]
     rows = [torch.cat(pair) for pair in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
     start = ((prompts + width).cumsum(0) - prompts - width).expand(-1, width)
     return TokenSets(

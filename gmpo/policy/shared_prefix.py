@@ -10,4 +10,6 @@ def shared_prefix(batch: Batch, cost: Cost, *, last_token: bool = False) -> Plan
     for row, prompt in enumerate(batch.prompt_ids):
         trees.setdefault(id(prompt), []).append(row)
     groups = list(trees.values())
-    return plan(batch, "shared_prefix", groups, lambda sizes: pack(sizes, cost), last_token=last_token)
+    return plan(
+        batch, "shared_prefix", groups, lambda sizes: pack(sizes, cost), last_token=last_token
+    )

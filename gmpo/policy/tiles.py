@@ -46,14 +46,30 @@ def token_scores(
         logps, entropy: [N] nats, in float32, or in float64 for float64 logits.
     """
     if head.linear is not None:
-        weight, bias, dtype = head.linear.weight, head.linear.bias, computing_dtype(hidden, head.linear)
+        weight, bias, dtype = (
+            head.linear.weight,
+            head.linear.bias,
+            computing_dtype(hidden, head.linear),
+        )
         trained = any(p is not None and p.requires_grad for p in (weight, bias))
-        how = _LinearScores if trained or want_entropy_grad or not torch.is_grad_enabled() else _FrozenScores
+        how = (
+            _LinearScores
+            if trained or want_entropy_grad or not torch.is_grad_enabled()
+            else _FrozenScores
+        )
         logps, entropy = how.apply(hidden, weight, bias, targets, dtype, transform, shaping)
     else:
         rows = tile_rows(head.vocabulary, 4, hidden.device)
         parts = [
-            checkpoint(_module_scores, head, hidden[part], targets[part], transform, shaped, use_reentrant=False)
+            checkpoint(
+                _module_scores,
+                head,
+                hidden[part],
+                targets[part],
+                transform,
+                shaped,
+                use_reentrant=False,
+            )
             for part, shaped in pieces(len(hidden), rows, shaping)
         ]
         logps, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -68,7 +84,9 @@ def tile_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:
     return max(1, size // (vocabulary * itemsize))
 
 
-def pieces(length: int, rows: int, shaping: Shaping | None) -> Iterator[tuple[slice, Shaping | None]]:
+def pieces(
+    length: int, rows: int, shaping: Shaping | None
+) -> Iterator[tuple[slice, Shaping | None]]:
     """`rows` of `length` rows at a time, with their shaping; at least one piece."""
     for start in range(0, max(1, length), rows):
         part = slice(start, start + rows)
@@ -88,7 +106,9 @@ def _module_scores(
 class LinearTiles:
     """Scores of tiles of rows under a linear head and, right after, the gradients of the tile that was scored last."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transform: Transform):
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transform: Transform
+    ):
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.narrow = dtype != self.wide
         self.weight = weight.to(dtype)  # [V, H]
@@ -97,9 +117,15 @@ class LinearTiles:
         self.rows = tile_rows(len(weight), dtype.itemsize, weight.device)
         self._buffer = self.weight.new_empty((0, len(weight)))
 
-    def scores(self, hidden: Tensor, targets: Tensor, shaping: Shaping | None = None) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, hidden: Tensor, targets: Tensor, shaping: Shaping | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs of the targets and entropies, [r], of r hidden states [r, H]."""
-        self.hidden, self.targets, self.shaping = hidden.to(self.weight.dtype), targets[:, None], shaping
+        self.hidden, self.targets, self.shaping = (
+            hidden.to(self.weight.dtype),
+            targets[:, None],
+            shaping,
+        )
         if len(self._buffer) < len(hidden):
             self._buffer = self.weight.new_empty((len(hidden), len(self.weight)))
         self.outputs = product_into(self._buffer[: len(hidden)], self.hidden, self.weight)
@@ -120,7 +146,11 @@ class LinearTiles:
         return logps.squeeze(-1), self.entropy.squeeze(-1)
 
     def gradients(
-        self, into_logps: Tensor, into_entropy: Tensor | None, into_weight: Tensor | None, into_bias: Tensor | None
+        self,
+        into_logps: Tensor,
+        into_entropy: Tensor | None,
+        into_weight: Tensor | None,
+        into_bias: Tensor | None,
     ) -> Tensor:
         """Carry gradients on from the scores ([r]) of the tile scored last; its logits are used up.
 
@@ -140,16 +170,26 @@ class LinearTiles:
         return product(self.outputs, self.weight)
 
     def _narrow_gradients(
-        self, into_logps: Tensor, into_entropy: Tensor | None, into_weight: Tensor | None, into_bias: Tensor | None
+        self,
+        into_logps: Tensor,
+        into_entropy: Tensor | None,
+        into_weight: Tensor | None,
+        into_bias: Tensor | None,
     ) -> Tensor:
         """As `gradients`; 16-bit floats lose what is small, so every row goes through them at a size of about 1.
 
         What is left to lose are gradients that go back to the caller in 16 bits: for those there are loss scalers.
         """
-        scale = into_logps.abs() + LEAST if into_entropy is None else into_logps.abs() + into_entropy.abs() + LEAST
+        scale = (
+            into_logps.abs() + LEAST
+            if into_entropy is None
+            else into_logps.abs() + into_entropy.abs() + LEAST
+        )
         into_entropy = None if into_entropy is None else into_entropy / scale
         self._outputs_to_gradient(into_logps / scale, into_entropy)
-        size = scale.norm()  # between what would let the sum of all rows overflow and what would let one vanish
+        size = (
+            scale.norm()
+        )  # between what would let the sum of all rows overflow and what would let one vanish
         hidden = (self.hidden * (scale / size)[:, None]).to(self.hidden.dtype)
         trained = into_weight is not None or into_bias is not None
         for start in range(0, len(self.weight) if trained else 0, SOME_VOCABULARY):
@@ -179,9 +219,13 @@ class LinearTiles:
                 gradient *= -into_logps[rows, None]
             else:
                 weight = into_entropy[rows, None]
-                gradient *= log_p.add_(self.entropy[rows]).mul_(weight).add_(into_logps[rows, None]).neg_()
+                gradient *= (
+                    log_p.add_(self.entropy[rows]).mul_(weight).add_(into_logps[rows, None]).neg_()
+                )
             gradient.scatter_add_(-1, self.targets[rows], into_logps[rows, None])
-            self.outputs[rows] = gradient.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else gradient
+            self.outputs[rows] = (
+                gradient.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else gradient
+            )
 
     def _logits(self, rows: slice) -> Tensor:
         """Scaled by the temperature, from the outputs of the head; a copy."""
@@ -228,15 +272,23 @@ class _LinearScores(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = LinearTiles(weight, bias, *ctx.options)
-            into_weight = torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
-            into_bias = torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
+            into_weight = (
+                torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
+            )
+            into_bias = (
+                torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
+            )
             into_hidden = torch.empty_like(hidden)
             for rows, shaped in pieces(len(hidden), tiles.rows, ctx.shaping):
                 tiles.scores(hidden[rows], targets[rows], shaped)
-                into_logps, into_entropy = (None if grad is None else grad[rows] for grad in grad_outputs)
+                into_logps, into_entropy = (
+                    None if grad is None else grad[rows] for grad in grad_outputs
+                )
                 if into_logps is None:
                     into_logps = torch.zeros_like(tiles.entropy).squeeze(-1)
-                into_hidden[rows] = tiles.gradients(into_logps, into_entropy, into_weight, into_bias)
+                into_hidden[rows] = tiles.gradients(
+                    into_logps, into_entropy, into_weight, into_bias
+                )
         into_weight = None if into_weight is None else into_weight.to(weight.dtype)
         into_bias = None if into_bias is None else into_bias.to(bias.dtype)
         return into_hidden, into_weight, into_bias, None, None, None, None

@@ -40,11 +40,17 @@ class ScoredCompletions:
         columns = {
             "prompt": [as_text(prompt) for prompt in self.prompts],
             "completion": [as_text(completion) for completion in self.completions],
-            **{own_name(name, "reward"): [as_score(v) for v in values] for name, values in self.rewards.items()},
+            **{
+                own_name(name, "reward"): [as_score(v) for v in values]
+                for name, values in self.rewards.items()
+            },
             **{own_name(name, "extra"): as_column(values) for name, values in self.extras.items()},
             "advantage": [as_score(value) for value in self.advantages],
         }
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
 
 
 class CompletionLog:
@@ -142,7 +148,11 @@ class CompletionLog:
                 from huggingface_hub import CommitScheduler
 
                 self._uploads = CommitScheduler(
-                    repo_id=repo, repo_type="dataset", folder_path=self.folder, every=2, allow_patterns=["*.parquet"]
+                    repo_id=repo,
+                    repo_type="dataset",
+                    folder_path=self.folder,
+                    every=2,
+                    allow_patterns=["*.parquet"],
                 )
         return nullcontext() if self._uploads is None else self._uploads.lock
 

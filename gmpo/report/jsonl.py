@@ -29,12 +29,21 @@ class JsonlCallback(TrainerCallback):
         else:
             drop_lines_after(path, state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         path = Path(args.output_dir, FILE_NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"step": state.global_step} | {name: as_json(value) for name, value in logs.items()})
+        line = json.dumps(
+            {"step": state.global_step} | {name: as_json(value) for name, value in logs.items()}
+        )
         append_line(path, line)
 
 

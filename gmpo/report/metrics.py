@@ -43,10 +43,16 @@ class Metrics:
                 training, "eval" in evaluation.
         """
         local = plain(self._pending.pop(mode, Statistics()))
-        names = {kind: sorted_union(local[kind]) for kind in KINDS} if world_size() == 1 else self._shared_names(local)
+        names = (
+            {kind: sorted_union(local[kind]) for kind in KINDS}
+            if world_size() == 1
+            else self._shared_names(local)
+        )
         figures = self._reduced(local, names)
         prefix = prefix or ("" if mode == "train" else "eval")
-        return {f"{prefix}_{name}" if prefix else name: value for name, value in sorted(figures.items())}
+        return {
+            f"{prefix}_{name}" if prefix else name: value for name, value in sorted(figures.items())
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What is pending on this rank, in plain values: {mode: {"means": {name: [sum, count]}, "minima": ...}}."""
@@ -71,7 +77,9 @@ class Metrics:
 
     @staticmethod
     def _reduced(local: dict[str, dict[str, Any]], names: dict[str, list[str]]) -> dict[str, float]:
-        sums = packed([part for name in names["means"] for part in local["means"].get(name, (0.0, 0.0))])
+        sums = packed(
+            [part for name in names["means"] for part in local["means"].get(name, (0.0, 0.0))]
+        )
         lowest = packed([local["minima"].get(name, math.inf) for name in names["minima"]])
         highest = packed([local["maxima"].get(name, -math.inf) for name in names["maxima"]])
         totals = reduced(sums).view(-1, 2).tolist() if names["means"] else []
@@ -80,8 +88,16 @@ class Metrics:
         means = zip(names["means"], totals, strict=True)
         return {
             **{name: total / count for name, (total, count) in means if count != 0},
-            **{name: value for name, value in zip(names["minima"], lowest, strict=True) if value != math.inf},
-            **{name: value for name, value in zip(names["maxima"], highest, strict=True) if value != -math.inf},
+            **{
+                name: value
+                for name, value in zip(names["minima"], lowest, strict=True)
+                if value != math.inf
+            },
+            **{
+                name: value
+                for name, value in zip(names["maxima"], highest, strict=True)
+                if value != -math.inf
+            },
         }
 
 
@@ -93,11 +109,17 @@ def widened(statistics: Statistics) -> Statistics:
     """`statistics` without gradients and in float64 (where the device has it), so that a long sum stays exact."""
 
     def wide(value: Any) -> Any:
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        value = (
+            value.detach()
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=torch.float64)
+        )
         return value if value.device.type == "mps" else value.double()
 
     return Statistics(
-        means={name: (wide(total), wide(count)) for name, (total, count) in statistics.means.items()},
+        means={
+            name: (wide(total), wide(count)) for name, (total, count) in statistics.means.items()
+        },
         minima={name: wide(value) for name, value in statistics.minima.items()},
         maxima={name: wide(value) for name, value in statistics.maxima.items()},
     )
@@ -106,7 +128,9 @@ def widened(statistics: Statistics) -> Statistics:
 def plain(statistics: Statistics) -> dict[str, dict[str, Any]]:
     """`statistics` as numbers; waits for the device."""
     return {
-        "means": {name: [float(total), float(count)] for name, (total, count) in statistics.means.items()},
+        "means": {
+            name: [float(total), float(count)] for name, (total, count) in statistics.means.items()
+        },
         "minima": {name: float(value) for name, value in statistics.minima.items()},
         "maxima": {name: float(value) for name, value in statistics.maxima.items()},
     }
@@ -190,7 +214,10 @@ class Stopwatch:
             means={
                 "step_time": (wall, steps),
                 **{f"time/{name}": (spent, steps) for name, spent in seconds.items()},
-                **{f"tokens_per_second/{name}": (n * world_size(), seconds[name]) for name, n in tokens.items()},
+                **{
+                    f"tokens_per_second/{name}": (n * world_size(), seconds[name])
+                    for name, n in tokens.items()
+                },
             },
             maxima={"memory/peak_gib": peak_memory() / 2**30},
         )

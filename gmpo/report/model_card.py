@@ -128,7 +128,9 @@ def model_card(
     }
     variant = VARIANTS.get(getattr(args, "loss_type", "")) if algorithm == "grpo" else None
     parts = [
-        "---\n" + yaml.safe_dump({key: value for key, value in head.items() if value}, sort_keys=False) + "---",
+        "---\n"
+        + yaml.safe_dump({key: value for key, value in head.items() if value}, sort_keys=False)
+        + "---",
         f"# {model_name}",
         introduction(method, base_model, datasets, variant),
         "## Use\n\n" + usage(model_name, adapter),
@@ -186,19 +188,27 @@ def last_figures(log_history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for record in log_history:
         for name, value in record.items():
             if FIGURES.fullmatch(name) and isinstance(value, int | float):
-                figures[name] = f"{value:.4g} (step {record['step']})" if "step" in record else f"{value:.4g}"
+                figures[name] = (
+                    f"{value:.4g} (step {record['step']})" if "step" in record else f"{value:.4g}"
+                )
     return dict(sorted(figures.items()))
 
 
 def section(title: str, kind: str, values: Mapping[str, Any]) -> str:
     """A heading and a table of names and values, or nothing."""
     lines = [f"| {name} | {value} |" for name, value in values.items() if value is not None]
-    return "\n".join([f"## {title}", "", f"| {kind} | value |", "|---|---|", *lines]) if lines else ""
+    return (
+        "\n".join([f"## {title}", "", f"| {kind} | value |", "|---|---|", *lines]) if lines else ""
+    )
 
 
 def is_hub_name(name: str | None) -> bool:
     """Whether `name` can be a repository on the hub: a name or owner/name, and no folder or file here."""
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", name) is not None and not os.path.exists(name)
+    return (
+        name is not None
+        and re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", name) is not None
+        and not os.path.exists(name)
+    )
 
 
 def link(name: str, kind: str = "") -> str:

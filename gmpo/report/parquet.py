@@ -14,14 +14,18 @@ def as_text(value: Any) -> str:
             value = json.dumps(value, ensure_ascii=False, default=repr)
         except (TypeError, ValueError):  # keys that are no strings, circular references
             value = repr(value)
-    return value.encode("utf-8", "replace").decode()  # a lone surrogate (from JSON's \ud800) is no UTF-8
+    return value.encode(
+        "utf-8", "replace"
+    ).decode()  # a lone surrogate (from JSON's \ud800) is no UTF-8
 
 
 def as_column(values: Sequence[Any]) -> list[Any]:
     """Values of one type that parquet has (truth values, text, numbers; None anywhere), else all of them as text."""
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {bool} or (kinds <= {int} and all(value is None or -(2**63) <= value < 2**63 for value in values)):
+    if kinds <= {bool} or (
+        kinds <= {int} and all(value is None or -(2**63) <= value < 2**63 for value in values)
+    ):
         return values
     if kinds <= {int, float} and float in kinds:
         return [None if value is None else float(value) for value in values]
@@ -36,7 +40,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> Any:
     arrays = {name: pyarrow.array(as_column([row.get(name) for row in rows])) for name in names}
     untyped = pyarrow.null()
     return pyarrow.table(
-        {name: array.cast(pyarrow.float64()) if array.type == untyped else array for name, array in arrays.items()}
+        {
+            name: array.cast(pyarrow.float64()) if array.type == untyped else array
+            for name, array in arrays.items()
+        }
     )
 
 

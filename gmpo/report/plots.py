@@ -26,7 +26,9 @@ def training_curves(metrics: str | Path, image: str | Path, *, title: str = "") 
 
     records = read_records(metrics)
     if not any("reward" in record for record in records):
-        raise ValueError(f"{metrics} has no line of a training step. Log at least once (logging_steps).")
+        raise ValueError(
+            f"{metrics} has no line of a training step. Log at least once (logging_steps)."
+        )
     figure = Figure(figsize=(11, 5.6), layout="constrained", dpi=140)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)  # pyright: ignore
     FigureCanvasAgg(figure)
@@ -49,7 +51,11 @@ def curve(axes: Any, records: Sequence[dict[str, Any]], name: str, **style: Any)
     steps, values = series(records, name)
     if steps:
         marker = "o" if len(steps) == 1 else None
-        axes.plot(steps, values, **{"color": LINE, "linewidth": 1.6, "marker": marker, "markersize": 4, **style})
+        axes.plot(
+            steps,
+            values,
+            **{"color": LINE, "linewidth": 1.6, "marker": marker, "markersize": 4, **style},
+        )
 
 
 def draw_reward(axes: Any, records: Sequence[dict[str, Any]]) -> None:
@@ -78,7 +84,11 @@ def draw_entropy(axes: Any, records: Sequence[dict[str, Any]]) -> None:
 
 def draw_log_ratio(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("log-ratio of tokens (min .. max, nats)")
-    both = [r for r in records if r.get("log_ratio/min") is not None and r.get("log_ratio/max") is not None]
+    both = [
+        r
+        for r in records
+        if r.get("log_ratio/min") is not None and r.get("log_ratio/max") is not None
+    ]
     steps = [r["step"] for r in both]
     low, high = ([r[name] for r in both] for name in ("log_ratio/min", "log_ratio/max"))
     axes.fill_between(steps, low, high, color=LINE, alpha=0.3, linewidth=0)

@@ -40,7 +40,13 @@ COLUMNS = (
     Column("grad", 6, number("grad_norm", "{:.2f}")),
     Column("tok/s", 7, number("tokens/s", "{:,.0f}")),
 )
-LESS_NEEDED = ("grad", "cut off", "tok/s", "clipped -/+", "length")  # left out first where the terminal is narrow
+LESS_NEEDED = (
+    "grad",
+    "cut off",
+    "tok/s",
+    "clipped -/+",
+    "length",
+)  # left out first where the terminal is narrow
 
 
 class ProgressLines(TrainerCallback):
@@ -54,7 +60,9 @@ class ProgressLines(TrainerCallback):
         clock: Seconds that only grow.
     """
 
-    def __init__(self, *, bar: bool = True, console: Any = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, *, bar: bool = True, console: Any = None, clock: Callable[[], float] = time.monotonic
+    ):
         from rich.console import Console
 
         self.console = console or Console(soft_wrap=True, highlight=False)
@@ -78,7 +86,14 @@ class ProgressLines(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
@@ -86,14 +101,18 @@ class ProgressLines(TrainerCallback):
             self._print(f"{state.global_step}/{state.max_steps}", figures, self._left(state))
         self._leave_out_evaluation(logs)
         for prefix in evaluations(logs):
-            self._print(prefix, {name.removeprefix(f"{prefix}_"): value for name, value in logs.items()}, "")
+            self._print(
+                prefix, {name.removeprefix(f"{prefix}_"): value for name, value in logs.items()}, ""
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         if state.is_world_process_zero:
-            self.console.print(f"{state.global_step} steps in {duration(self.clock() - self._start[1])}.")
+            self.console.print(
+                f"{state.global_step} steps in {duration(self.clock() - self._start[1])}."
+            )
 
     def _print(self, name: str, figures: Mapping[str, Any], left: str) -> None:
         if self._lines % LINES_PER_HEADER == 0:
@@ -115,7 +134,9 @@ class ProgressLines(TrainerCallback):
 
     def _leave_out_evaluation(self, logs: Mapping[str, Any]) -> None:
         """Tokens per second are those of training: the seconds of an evaluation don't count."""
-        seconds = sum(logs[name] for name in logs if name.startswith("eval") and name.endswith("_runtime"))
+        seconds = sum(
+            logs[name] for name in logs if name.startswith("eval") and name.endswith("_runtime")
+        )
         if self._last_tokens is not None:
             tokens, moment = self._last_tokens
             self._last_tokens = (tokens, moment + seconds)
@@ -124,7 +145,9 @@ class ProgressLines(TrainerCallback):
         done = state.global_step - self._start[0]
         if done <= 0:
             return ""
-        return duration((self.clock() - self._start[1]) / done * (state.max_steps - state.global_step))
+        return duration(
+            (self.clock() - self._start[1]) / done * (state.max_steps - state.global_step)
+        )
 
 
 def fitting(width: int) -> tuple[Column, ...]:
@@ -155,7 +178,11 @@ def progress_bar(console: Any) -> Any:
 
 def evaluations(logs: Mapping[str, Any]) -> list[str]:
     """The prefixes of the evaluations in `logs`: "eval", "eval_math"."""
-    return [name.removesuffix("_reward") for name in logs if name.startswith("eval") and name.endswith("_reward")]
+    return [
+        name.removesuffix("_reward")
+        for name in logs
+        if name.startswith("eval") and name.endswith("_reward")
+    ]
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,9 @@ def rollout_statistics(rollouts: Sequence[Rollout]) -> Statistics:
     """
     lengths = [len(r.ids) if r.trained is None else sum(r.trained) for r in rollouts]
     terminated = [length for length, r in zip(lengths, rollouts, strict=True) if not r.truncated]
-    statistics = Statistics(means={"completions/clipped_ratio": (len(lengths) - len(terminated), len(lengths))})
+    statistics = Statistics(
+        means={"completions/clipped_ratio": (len(lengths) - len(terminated), len(lengths))}
+    )
     for kind, values in (("length", lengths), ("terminated_length", terminated)):
         statistics.means[f"completions/mean_{kind}"] = (sum(values), len(values))
         statistics.minima[f"completions/min_{kind}"] = float(min(values, default=float("inf")))

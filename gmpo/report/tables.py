@@ -15,13 +15,21 @@ def print_table(rows: Rows, *, title: str, console: Any = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in SHORT_COLUMNS]
+    columns = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if name not in SHORT_COLUMNS
+    ]
     table = Table(title=title, show_lines=True, expand=True, title_justify="left")
     for name in columns:
         number = any(isinstance(row.get(name), float) for row in rows)
-        table.add_column(name, justify="right" if number else "left", no_wrap=number, ratio=None if number else 1)
+        table.add_column(
+            name, justify="right" if number else "left", no_wrap=number, ratio=None if number else 1
+        )
     for row in rows:
-        table.add_row(*(Text(readable(row.get(name))) for name in columns))  # Text: completions are no markup
+        table.add_row(
+            *(Text(readable(row.get(name))) for name in columns)
+        )  # Text: completions are no markup
     (console or Console()).print(table)
 
 
@@ -48,7 +56,9 @@ def spoken(message: dict[str, Any]) -> str:
     """A message as one line: who, what, and which tools are called."""
     content = message.get("content") or ""
     content = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    calls = "".join(f" -> {json.dumps(call, ensure_ascii=False)}" for call in message.get("tool_calls") or ())
+    calls = "".join(
+        f" -> {json.dumps(call, ensure_ascii=False)}" for call in message.get("tool_calls") or ()
+    )
     return f"{message['role']}: {content}{calls}"
 
 
@@ -57,7 +67,9 @@ def to_wandb(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) -> Non
 
     if wandb.run is not None:
         columns = list(rows[0])
-        table = wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+        table = wandb.Table(
+            columns=columns, data=[[row.get(name) for name in columns] for row in rows]
+        )
         wandb.log({table_name(label): table, "train/global_step": step})
 
 
@@ -69,7 +81,11 @@ def to_trackio(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) -> N
 
 
 def to_tensorboard(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) -> None:
-    writers = [callback.tb_writer for callback in callbacks if getattr(callback, "tb_writer", None) is not None]
+    writers = [
+        callback.tb_writer
+        for callback in callbacks
+        if getattr(callback, "tb_writer", None) is not None
+    ]
     for writer in writers:
         writer.add_text(table_name(label), markdown(rows), step)
 
@@ -84,7 +100,10 @@ def set_tensorboard_folder(callbacks: Sequence[Any], folder: str | None) -> None
 def markdown(rows: Rows) -> str:
     """`rows` as a markdown table."""
     columns = list(rows[0])
-    cells = [[readable(row.get(name)).replace("|", "\\|").replace("\n", "<br>") for name in columns] for row in rows]
+    cells = [
+        [readable(row.get(name)).replace("|", "\\|").replace("\n", "<br>") for name in columns]
+        for row in rows
+    ]
     lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

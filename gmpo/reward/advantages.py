@@ -19,7 +19,9 @@ FLOOR = 1e-4  # added to every standard deviation that divides
 class Advantages:
     """Worth of each row of a collection."""
 
-    advantages: Tensor  # [N] float32, finite; 0 for rows that no source scored and in groups without signal
+    advantages: (
+        Tensor  # [N] float32, finite; 0 for rows that no source scored and in groups without signal
+    )
     rewards: Tensor  # [N] float64, weighted sum over the sources that scored the row; NaN: none did
     zero_signal: Tensor  # [N] bool, the scored rewards of the row's group are exactly equal
 
@@ -46,11 +48,15 @@ def group_advantages(rewards: Tensor, group_size: int, settings: RewardSettings)
     """
     _check(rewards, group_size, settings)
     num_rows, num_sources = rewards.shape
-    weights = rewards.new_tensor(settings.reward_weights or [1.0] * num_sources, dtype=torch.float64)
+    weights = rewards.new_tensor(
+        settings.reward_weights or [1.0] * num_sources, dtype=torch.float64
+    )
     scores = rewards.double().reshape(num_rows // group_size, group_size, num_sources)
     scores = torch.where(weights == 0, torch.nan, scores)
     aggregate = _AGGREGATIONS[settings.multi_objective_aggregation]
-    relative, flat = aggregate(scores, weights, _SCALES[settings.scale_rewards])  # [N/G, G], [N/G, 1]
+    relative, flat = aggregate(
+        scores, weights, _SCALES[settings.scale_rewards]
+    )  # [N/G, G], [N/G, 1]
     return Advantages(
         advantages=torch.where(flat | relative.isnan(), 0.0, relative).float().flatten(),
         rewards=_weighted_sum(scores, weights).flatten(),
@@ -79,16 +85,23 @@ def reward_statistics(names: Sequence[str], rewards: Tensor, result: Advantages)
         _add_mean_and_std(statistics, f"rewards/{name}/mean", f"rewards/{name}/std", scores)
     _add_mean_and_std(statistics, "reward", "reward_std", result.rewards)
     if len(rewards):
-        statistics.means["frac_reward_zero_std"] = (float(result.zero_signal.sum()), float(len(rewards)))
+        statistics.means["frac_reward_zero_std"] = (
+            float(result.zero_signal.sum()),
+            float(len(rewards)),
+        )
     return statistics
 
 
-def _sum_then_normalize(scores: Tensor, weights: Tensor, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _sum_then_normalize(
+    scores: Tensor, weights: Tensor, scale: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     total = _weighted_sum(scores, weights)  # [N/G, G]
     return (total - _mean(total, 1)) / scale(total), _flat(total)
 
 
-def _normalize_then_sum(scores: Tensor, weights: Tensor, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _normalize_then_sum(
+    scores: Tensor, weights: Tensor, scale: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     normalized = (scores - _mean(scores, 1)) / (_deviation(scores, 1) + FLOOR)  # [N/G, G, F]
     flat = _flat(scores)  # [N/G, 1, F]
     normalized = torch.where(flat & ~scores.isnan(), 0.0, normalized)
@@ -96,7 +109,10 @@ def _normalize_then_sum(scores: Tensor, weights: Tensor, scale: Callable[[Tensor
     return (total - _mean(total, (0, 1))) / (_deviation(total, (0, 1)) + FLOOR), flat.all(-1)
 
 
-_AGGREGATIONS = {"sum_then_normalize": _sum_then_normalize, "normalize_then_sum": _normalize_then_sum}
+_AGGREGATIONS = {
+    "sum_then_normalize": _sum_then_normalize,
+    "normalize_then_sum": _normalize_then_sum,
+}
 _SCALES = {
     "group": lambda total: _deviation(total, 1) + FLOOR,
     "batch": lambda total: _deviation(total, (0, 1)) + FLOOR,
@@ -108,7 +124,10 @@ def _weighted_sum(scores: Tensor, weights: Tensor) -> Tensor:
     """Sum over the last axis of what was scored; NaN where nothing was."""
     scored = ~scores.isnan()
     # One source after another: every row is rounded alike, and equal rows stay exactly equal.
-    total = sum((torch.where(scored, scores, 0.0) * weights).unbind(-1), start=scores.new_zeros(scores.shape[:-1]))
+    total = sum(
+        (torch.where(scored, scores, 0.0) * weights).unbind(-1),
+        start=scores.new_zeros(scores.shape[:-1]),
+    )
     return torch.where(scored.any(-1), total, torch.nan)
 
 
@@ -144,4 +163,6 @@ def _check(rewards: Tensor, group_size: int, settings: RewardSettings) -> None:
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rows do not hold whole groups of {group_size}.")
     if rewards.isinf().any():
-        raise ValueError("A reward is infinite. Only finite rewards (or NaN: not scored) have advantages.")
+        raise ValueError(
+            "A reward is infinite. Only finite rewards (or NaN: not scored) have advantages."
+        )

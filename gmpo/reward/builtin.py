@@ -34,7 +34,9 @@ _THINK = re.compile(r"<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*", re
 
 
 def accuracy(
-    completions: Sequence[Completion], answer: Sequence[Any] | None = None, solution: Sequence[Any] | None = None
+    completions: Sequence[Completion],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
 ) -> list[float | None]:
     """1 where the completion gives the right mathematical answer, else 0; None where the gold answer can't be read.
 
@@ -58,7 +60,9 @@ def accuracy(
 
 
 def number_match(
-    completions: Sequence[Completion], answer: Sequence[Any] | None = None, solution: Sequence[Any] | None = None
+    completions: Sequence[Completion],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
 ) -> list[float | None]:
     """1 where the final number of the completion equals that of the gold answer exactly, else 0.
 
@@ -69,7 +73,10 @@ def number_match(
     Args:
         answer, solution: As for `accuracy`.
     """
-    golds = [None if gold is None else final_number(gold) for gold in gold_answers("number_match", answer, solution)]
+    golds = [
+        None if gold is None else final_number(gold)
+        for gold in gold_answers("number_match", answer, solution)
+    ]
     return [
         None if gold is None else float(final_number(spoken(completion)) == gold)
         for gold, completion in zip(golds, completions, strict=True)
@@ -81,7 +88,10 @@ def think_format(completions: Sequence[Completion]) -> list[float]:
 
     Nothing but white space may come before, and neither tag a second time.
     """
-    return [float(_THINK.fullmatch(completion_text(completion).lstrip()) is not None) for completion in completions]
+    return [
+        float(_THINK.fullmatch(completion_text(completion).lstrip()) is not None)
+        for completion in completions
+    ]
 
 
 def soft_overlong_punishment(max_completion_length: int, cache: int) -> RewardFunction:
@@ -94,7 +104,9 @@ def soft_overlong_punishment(max_completion_length: int, cache: int) -> RewardFu
         cache: Tokens over which it grows; 0: it sets in at once.
     """
     if not 0 <= cache <= max_completion_length:
-        raise ValueError(f"cache={cache} must lie between 0 and max_completion_length={max_completion_length}.")
+        raise ValueError(
+            f"cache={cache} must lie between 0 and max_completion_length={max_completion_length}."
+        )
     free = max_completion_length - cache
 
     def punishment(length: int) -> float:
@@ -120,7 +132,9 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward
     if ngram_size < 1:
         raise ValueError(f"ngram_size={ngram_size} must be at least 1.")
     if max_penalty > 0:
-        raise ValueError(f"max_penalty={max_penalty} would reward repetition. Use a number of at most 0.")
+        raise ValueError(
+            f"max_penalty={max_penalty} would reward repetition. Use a number of at most 0."
+        )
 
     def penalty(words: list[str]) -> float:
         ngrams = [tuple(words[i : i + ngram_size]) for i in range(len(words) - ngram_size + 1)]
@@ -152,7 +166,10 @@ def completion_text(completion: Completion) -> str:
     """The text of a completion; of a conversation, that of its last assistant message."""
     if isinstance(completion, str):
         return completion
-    content = next((m.get("content") for m in reversed(completion) if m.get("role") == "assistant"), None) or ""
+    content = (
+        next((m.get("content") for m in reversed(completion) if m.get("role") == "assistant"), None)
+        or ""
+    )
     if isinstance(content, str):
         return content
     return "".join(block.get("text", "") for block in content if block.get("type") == "text")
@@ -165,12 +182,19 @@ def spoken(completion: Completion) -> str:
     return "" if still_thinking else text.rpartition("</think>")[2]
 
 
-def gold_answers(reward: str, answer: Sequence[Any] | None, solution: Sequence[Any] | None) -> list[str | None]:
+def gold_answers(
+    reward: str, answer: Sequence[Any] | None, solution: Sequence[Any] | None
+) -> list[str | None]:
     """The gold answer of each row as text, from the column `answer` or else `solution`; None where a row has none."""
     if answer is None and solution is None:
-        raise ValueError(f"The reward {reward!r} needs the gold answer in a dataset column 'answer' or 'solution'.")
+        raise ValueError(
+            f"The reward {reward!r} needs the gold answer in a dataset column 'answer' or 'solution'."
+        )
     columns = [column for column in (answer, solution) if column is not None]
-    rows = (next((value for value in values if value is not None), None) for values in zip(*columns, strict=True))
+    rows = (
+        next((value for value in values if value is not None), None)
+        for values in zip(*columns, strict=True)
+    )
     return [None if value is None else str(value).rpartition("####")[2].strip() for value in rows]
 
 
@@ -238,7 +262,9 @@ def _parsed(spec: str) -> tuple[str, dict[str, Any] | None]:
     try:
         call = ast.parse(f"settings({rest}", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args
-        return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return name.strip(), {
+            str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords
+        }
     except (SyntaxError, ValueError, AssertionError):
         raise ValueError(
             f"The settings in {spec!r} can't be read. Write them as plain values: name(first=1, second='two')."
@@ -252,13 +278,17 @@ def _made(factory: Callable[..., Any], settings: Mapping[str, Any], spec: str) -
         raise ValueError(f"{spec!r}: {error}. It takes {inspect.signature(factory)}.") from None
     function = factory(**settings)
     if not callable(function):
-        raise ValueError(f"{spec!r} gives {function!r} ({type(function).__name__}), which is no function.")
+        raise ValueError(
+            f"{spec!r} gives {function!r} ({type(function).__name__}), which is no function."
+        )
     return function
 
 
 def _refuse(name: str, settings: Mapping[str, Any] | None) -> Any:
     if name in FACTORIES:
-        raise ValueError(f"The reward {name!r} needs settings: {name}{inspect.signature(FACTORIES[name])}.")
+        raise ValueError(
+            f"The reward {name!r} needs settings: {name}{inspect.signature(FACTORIES[name])}."
+        )
     if name in BUILTIN:
         raise ValueError(f"The reward {name!r} takes no settings, but got {settings!r}.")
     known = sorted(BUILTIN | FACTORIES)
@@ -273,9 +303,13 @@ def _imported(name: str) -> RewardFunction:
     module = _module(module_name)
     function = getattr(module, function_name, None)
     if function is None:
-        raise ValueError(f"{module_name!r} has no function {function_name!r}.{_closest(function_name, dir(module))}")
+        raise ValueError(
+            f"{module_name!r} has no function {function_name!r}.{_closest(function_name, dir(module))}"
+        )
     if not callable(function):
-        raise ValueError(f"{name!r} is {function!r} ({type(function).__name__}), which is no function.")
+        raise ValueError(
+            f"{name!r} is {function!r} ({type(function).__name__}), which is no function."
+        )
     return function
 
 
@@ -288,7 +322,9 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, but not what it imports
-        raise ValueError(f"There is no module {name!r} (looked up from {os.getcwd()!r} too).") from None
+        raise ValueError(
+            f"There is no module {name!r} (looked up from {os.getcwd()!r} too)."
+        ) from None
 
 
 def _module_of_file(path: Path) -> ModuleType:

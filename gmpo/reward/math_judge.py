@@ -57,7 +57,9 @@ class MathJudge:
             if answer is None:
                 self._end()
                 logger.warning(
-                    "math-verify gave no answer within %g s; scored as wrong: %r", self.timeout_s, text[-200:]
+                    "math-verify gave no answer within %g s; scored as wrong: %r",
+                    self.timeout_s,
+                    text[-200:],
                 )
                 return False
             return answer["right"]
@@ -96,7 +98,9 @@ def shared_judge() -> MathJudge:
 def require_math_verify() -> None:
     """Raise an ImportError that says what to install, unless math-verify is there."""
     if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("The reward 'accuracy' needs math-verify. Install it with: pip install 'gmpo[math]'.")
+        raise ImportError(
+            "The reward 'accuracy' needs math-verify. Install it with: pip install 'gmpo[math]'."
+        )
 
 
 def start_child(timeout_s: float) -> subprocess.Popen[bytes]:
@@ -111,7 +115,9 @@ def start_child(timeout_s: float) -> subprocess.Popen[bytes]:
     assert child.stdout is not None
     if child.stdout.readline() != b"ready\n":
         end_child(child)
-        raise RuntimeError(f"The process that verifies answers did not start (exit status {child.returncode}).")
+        raise RuntimeError(
+            f"The process that verifies answers did not start (exit status {child.returncode})."
+        )
     return child
 
 
@@ -120,7 +126,9 @@ def end_child(child: subprocess.Popen[bytes]) -> None:
     child.wait()
     for pipe in (child.stdin, child.stdout):
         if pipe is not None and not pipe.closed:
-            with contextlib.suppress(BrokenPipeError):  # what was not yet written has no reader any more
+            with contextlib.suppress(
+                BrokenPipeError
+            ):  # what was not yet written has no reader any more
                 pipe.close()
 
 
@@ -129,7 +137,9 @@ def end_child(child: subprocess.Popen[bytes]) -> None:
 
 def serve(timeout_s: float) -> None:
     """Answer questions from stdin until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; its end ends stdin
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the parent's business; its end ends stdin
     answers, nowhere = private_stdout(), open(os.devnull, "w")  # noqa: SIM115 (open as long as the process lives)
     limit_memory()
     logging.disable()  # math-verify warns that its own alarms are off
@@ -156,7 +166,9 @@ def is_right(gold: str, text: str) -> bool | None:
         return None
     try:
         targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-        return bool(verify(list(expected), parse(text, targets, parsing_timeout=0), timeout_seconds=0))
+        return bool(
+            verify(list(expected), parse(text, targets, parsing_timeout=0), timeout_seconds=0)
+        )
     except Exception:  # whatever a parser makes of what a policy writes: it is not the answer
         return False
 
@@ -169,7 +181,10 @@ def parsed_gold(gold: str) -> tuple[Any, ...]:
     as_it_is = _DELIMITER.search(gold) or _PROSE.search(_TEXT_COMMAND.sub("", gold))
     try:
         # Without delimiters math-verify takes \frac{1}{2} for the number 2, and between them prose for a product.
-        return tuple((not as_it_is and parse(f"${gold}$", parsing_timeout=0)) or parse(gold, parsing_timeout=0))
+        return tuple(
+            (not as_it_is and parse(f"${gold}$", parsing_timeout=0))
+            or parse(gold, parsing_timeout=0)
+        )
     except Exception:
         return ()
 
@@ -185,8 +200,12 @@ def limit_memory() -> None:
     if importlib.util.find_spec("resource") is not None:  # not on Windows
         import resource
 
-        with contextlib.suppress(ValueError, OSError):  # a lower limit holds already, or macOS refuses
-            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # a lower limit holds already, or macOS refuses
+            resource.setrlimit(
+                resource.RLIMIT_AS, (_MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1])
+            )
 
 
 if __name__ == "__main__":

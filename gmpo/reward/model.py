@@ -18,17 +18,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNLIMITED = 10**9  # tokenizers without a maximal length say 1e30
-_ORIGIN = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # the tokenizer's keywords too
+_ORIGIN = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+)  # the tokenizer's keywords too
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
     """How reward models are loaded and run."""
 
-    init_kwargs: Mapping[str, Any] | None = None  # for from_pretrained; float32 if it names no dtype
+    init_kwargs: Mapping[str, Any] | None = (
+        None  # for from_pretrained; float32 if it names no dtype
+    )
     trust_remote_code: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
-    device: torch.device | str | None = None  # models that have no device map go there; None: they stay
+    device: torch.device | str | None = (
+        None  # models that have no device map go there; None: they stay
+    )
     tokens_per_batch: int = 16384  # padded tokens of one forward pass; a longer row goes alone
 
 
@@ -57,9 +67,15 @@ class ModelReward:
                 f"Reward model {self.name!r} has {config.num_labels} labels. A reward model gives one number: load or "
                 "make it with num_labels=1."
             )
-        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        pad_id = (
+            self.tokenizer.eos_token_id
+            if self.tokenizer.pad_token_id is None
+            else self.tokenizer.pad_token_id
+        )
         if not isinstance(pad_id, int):
-            raise ValueError(f"The tokenizer of reward model {self.name!r} has no pad and no eos token. Give it one.")
+            raise ValueError(
+                f"The tokenizer of reward model {self.name!r} has no pad and no eos token. Give it one."
+            )
         # A causal classifier takes its score at the last token that is not the config's padding.
         self._pad_id = config.get_text_config().pad_token_id = pad_id
         self._max_length = max_input_length(self.model, self.tokenizer)
@@ -72,7 +88,9 @@ class ModelReward:
         scores = [0.0] * len(rows)
         self.model.eval()
         with whole_parameters(self.model.parameters()):
-            for batch in batches_by_length([len(row) for row in rows], self.options.tokens_per_batch):
+            for batch in batches_by_length(
+                [len(row) for row in rows], self.options.tokens_per_batch
+            ):
                 logits = self._logits([rows[i] for i in batch])
                 for i, logit in zip(batch, logits.tolist(), strict=True):
                     scores[i] = logit
@@ -97,7 +115,9 @@ class ModelReward:
             )
         conversation: Any = [*source, *completion]
         template_kwargs = self.options.chat_template_kwargs or {}
-        return self.tokenizer.apply_chat_template(conversation, tokenize=False, **template_kwargs), False  # pyright: ignore
+        return self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, **template_kwargs
+        ), False  # pyright: ignore
 
     def _cut(self, row: list[int], i: int, call: "RewardCall") -> list[int]:
         assert self._max_length is not None
@@ -122,7 +142,9 @@ class ModelReward:
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.tensor(row)
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        output = self.model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+        output = self.model(
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)
+        )
         return output.logits[:, 0].float()
 
 
@@ -159,14 +181,18 @@ def model_reward(model: nn.Module, tokenizer: Any, options: ModelOptions) -> Mod
     origin = getattr(config, "_name_or_path", "") or ""
     name = origin.rstrip("/").split("/")[-1] or type(model).__name__
     tokenizer = (
-        _own_tokenizer(origin, name, options) if tokenizer is None else getattr(tokenizer, "tokenizer", tokenizer)
+        _own_tokenizer(origin, name, options)
+        if tokenizer is None
+        else getattr(tokenizer, "tokenizer", tokenizer)
     )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
             f"reward_processing_classes holds {tokenizer!r} ({type(tokenizer).__name__}) for reward model {name!r}. "
             "Pass a tokenizer."
         )
-    placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    placed = getattr(model, "hf_device_map", None) is not None or getattr(
+        model, "is_quantized", False
+    )
     if options.device is not None and not placed:
         model.to(options.device)
     return ModelReward(name, model, tokenizer, options)
@@ -175,7 +201,10 @@ def model_reward(model: nn.Module, tokenizer: Any, options: ModelOptions) -> Mod
 def max_input_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens that both model and tokenizer allow; None: neither has a limit."""
     config: Any = model.config
-    limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
+    limits = (
+        tokenizer.model_max_length,
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+    )
     return min((limit for limit in limits if limit and limit < _UNLIMITED), default=None)
 
 
@@ -194,4 +223,6 @@ def _own_tokenizer(origin: str, name: str, options: ModelOptions) -> Any:
             f"Reward model {name!r} does not say where its tokenizer is. Pass it in reward_processing_classes."
         )
     keywords = {key: value for key, value in (options.init_kwargs or {}).items() if key in _ORIGIN}
-    return AutoTokenizer.from_pretrained(origin, trust_remote_code=options.trust_remote_code, **keywords)
+    return AutoTokenizer.from_pretrained(
+        origin, trust_remote_code=options.trust_remote_code, **keywords
+    )

@@ -36,14 +36,18 @@ class Scored:
 
     rewards: Tensor  # [N, F] float64 on the CPU; NaN: not scored
     extra: dict[str, list[Any]] = field(default_factory=dict)  # column -> N values, from log_extra
-    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> (sum, count), from log_metric
+    metrics: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # name -> (sum, count), from log_metric
 
     def replaced(self, places: Sequence[int], other: "Scored") -> "Scored":
         """With what `other` says of its completions at `places`; metrics are of everything that was scored."""
         rewards = self.rewards.clone()
         rewards[list(places)] = other.rewards
         nothing = [None] * len(rewards)
-        extra = {name: list(self.extra.get(name, nothing)) for name in {**self.extra, **other.extra}}
+        extra = {
+            name: list(self.extra.get(name, nothing)) for name in {**self.extra, **other.extra}
+        }
         for name, values in extra.items():
             for place, value in zip(places, other.extra.get(name, nothing), strict=False):
                 values[place] = value
@@ -80,7 +84,10 @@ def score(
     if not rollouts:
         return Scored(torch.empty(0, len(sources), dtype=torch.float64))
     columns = columns_of(rows)
-    calls = [RewardCall(rollouts, columns, trainer_state, remark.log_extra, remark.log_metric) for remark in remarks]
+    calls = [
+        RewardCall(rollouts, columns, trainer_state, remark.log_extra, remark.log_metric)
+        for remark in remarks
+    ]
     answers = _answers(sources, calls, patience_s)
     scores = []
     for source, call, answer in zip(sources, calls, answers, strict=True):
@@ -98,7 +105,9 @@ def as_scores(name: str, answer: Any, expected: int) -> list[float]:
         ValueError: For another number of scores, or one that is neither None nor a finite number.
     """
     answer = answer.detach().cpu() if isinstance(answer, Tensor) else answer
-    one_per_row = isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping | set | frozenset)
+    one_per_row = isinstance(answer, Iterable) and not isinstance(
+        answer, str | bytes | Mapping | set | frozenset
+    )
     if not one_per_row or getattr(answer, "ndim", 1) == 0:
         hint = " Does it return at all?" if answer is None else ""
         raise ValueError(
@@ -137,13 +146,17 @@ class Remarks:
         """A number to average over all calls and ranks until the next log; NaN and None are left out."""
         number = _number(value)
         if number is None or math.isinf(number):
-            raise ValueError(f"Reward {self.name!r} called log_metric({name!r}, {value!r}), which is no finite number.")
+            raise ValueError(
+                f"Reward {self.name!r} called log_metric({name!r}, {value!r}), which is no finite number."
+            )
         if not math.isnan(number):
             total, count = self.metrics.get(name, (0.0, 0.0))
             self.metrics[name] = (total + number, count + 1.0)
 
 
-def _answers(sources: Sequence[RewardSource], calls: Sequence[RewardCall], patience_s: float) -> list[Any]:
+def _answers(
+    sources: Sequence[RewardSource], calls: Sequence[RewardCall], patience_s: float
+) -> list[Any]:
     """What each source returned or came to; asynchronous ones are started before the others."""
     answers: dict[int, Any] = {}
     waiting: dict[concurrent.futures.Future[Any], int] = {}
@@ -166,12 +179,16 @@ def _answers(sources: Sequence[RewardSource], calls: Sequence[RewardCall], patie
 
 
 def _finished(
-    waiting: Mapping[concurrent.futures.Future[Any], int], sources: Sequence[RewardSource], patience_s: float
+    waiting: Mapping[concurrent.futures.Future[Any], int],
+    sources: Sequence[RewardSource],
+    patience_s: float,
 ) -> Iterator[concurrent.futures.Future[Any]]:
     """The futures as they finish, with a warning each time that none has for `patience_s`."""
     pending = set(waiting)
     while pending:
-        done, pending = concurrent.futures.wait(pending, patience_s, concurrent.futures.FIRST_COMPLETED)
+        done, pending = concurrent.futures.wait(
+            pending, patience_s, concurrent.futures.FIRST_COMPLETED
+        )
         if not done:
             names = ", ".join(sorted(sources[waiting[future]].name for future in pending))
             logger.warning("No answer for %g s from: %s. Still waiting.", patience_s, names)
@@ -216,7 +233,9 @@ def _as_score(name: str, row: int, value: Any) -> float:
             "Return a number, or None where it can't score."
         )
     if abs(number) > _LARGEST:
-        raise ValueError(f"Reward {name!r} returned {value!r} for completion {row}. Return a finite number, or None.")
+        raise ValueError(
+            f"Reward {name!r} returned {value!r} for completion {row}. Return a finite number, or None."
+        )
     return number
 
 
@@ -247,7 +266,10 @@ def _merged(rewards: Tensor, remarks: Sequence[Remarks]) -> Scored:
 
 
 def _warn_of_unscored(
-    sources: Sequence[RewardSource], rewards: Tensor, rollouts: Sequence[Rollout], columns: Mapping[str, list[Any]]
+    sources: Sequence[RewardSource],
+    rewards: Tensor,
+    rollouts: Sequence[Rollout],
+    columns: Mapping[str, list[Any]],
 ) -> None:
     unscored = rewards.isnan().all(dim=1).nonzero().flatten().tolist()
     names = tuple(source.name for source in sources)
@@ -258,7 +280,13 @@ def _warn_of_unscored(
     logger.warning(
         "No reward scored %d of %d completions (%s all gave None). Such completions get the advantage 0. The first: "
         "prompt %s, completion %s, columns %s. This is said once.",
-        *(len(unscored), len(rollouts), ", ".join(names), _short(rollout.prompt.source), _short(rollout.completion)),
+        *(
+            len(unscored),
+            len(rollouts),
+            ", ".join(names),
+            _short(rollout.prompt.source),
+            _short(rollout.completion),
+        ),
         _short({name: values[row] for name, values in columns.items()}),
     )
 

@@ -9,7 +9,9 @@ from gmpo.options import option
 
 @dataclass
 class RewardSettings:
-    reward_weights: list[float] | None = option(None, "Weight of each reward source; None weighs all of them 1.")
+    reward_weights: list[float] | None = option(
+        None, "Weight of each reward source; None weighs all of them 1."
+    )
     multi_objective_aggregation: str = option(
         "sum_then_normalize",
         "'sum_then_normalize' weighs and adds the sources, then takes the advantage in the group; "
@@ -26,7 +28,10 @@ class RewardSettings:
 
 def check_rewards(settings: RewardSettings) -> None:
     """Raise a ValueError if the options, each legal, do not go together."""
-    if settings.multi_objective_aggregation == "normalize_then_sum" and settings.scale_rewards != "group":
+    if (
+        settings.multi_objective_aggregation == "normalize_then_sum"
+        and settings.scale_rewards != "group"
+    ):
         raise ValueError(
             f"scale_rewards={settings.scale_rewards!r} has no effect with multi_objective_aggregation="
             "'normalize_then_sum', which normalises in the group and then over all rows. Leave it at 'group'."

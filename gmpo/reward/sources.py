@@ -16,7 +16,9 @@ from gmpo.reward.model import ModelOptions, load_model_reward, model_reward
 from gmpo.reward.settings import RewardSettings, check_weights
 from gmpo.types import Rollout
 
-OWN_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})  # of the dataset; rewards get the rollout's instead
+OWN_COLUMNS = frozenset(
+    {"prompt", "completion", "completion_ids"}
+)  # of the dataset; rewards get the rollout's instead
 OWN_KEYWORDS = frozenset({"prompts", "completions", "trainer_state", "log_extra", "log_metric"})
 
 
@@ -27,8 +29,12 @@ class RewardCall:
     rollouts: Sequence[Rollout]
     columns: Mapping[str, list[Any]]  # the other columns of the dataset, N values each
     trainer_state: Any
-    log_extra: Callable[[str, Sequence[Any]], None]  # (column, N values): a column for the table of completions
-    log_metric: Callable[[str, float], None]  # (name, value): averaged over all calls until the next log
+    log_extra: Callable[
+        [str, Sequence[Any]], None
+    ]  # (column, N values): a column for the table of completions
+    log_metric: Callable[
+        [str, float], None
+    ]  # (name, value): averaged over all calls until the next log
 
     def keywords(self) -> dict[str, Any]:
         """As keywords for a reward function.  Lists and messages are fresh: a function may change what it gets."""
@@ -48,7 +54,9 @@ class RewardSource(Protocol):
     """Anything that scores.  It may take its time, work in another process, and leave rows unscored (None)."""
 
     name: str  # in the metrics: rewards/{name}/mean
-    asynchronous: bool  # `score` returns an awaitable: it is started first and runs beside the others
+    asynchronous: (
+        bool  # `score` returns an awaitable: it is started first and runs beside the others
+    )
 
     def score(self, call: RewardCall) -> Iterable[float | None] | Awaitable[Iterable[float | None]]:
         """One finite number, or None for "not scored", per rollout of `call`, in order."""
@@ -84,7 +92,11 @@ class FunctionReward:
 
     def _check_required(self, keywords: Mapping[str, Any]) -> None:
         assert self._parameters is not None
-        required = [name for name, parameter in self._parameters.items() if parameter.default is parameter.empty]
+        required = [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.default is parameter.empty
+        ]
         missing = [name for name in required if name not in keywords]
         if missing:
             raise ValueError(
@@ -114,7 +126,9 @@ def build_sources(
     """
     rewards = _listed(reward_funcs)
     if not rewards:
-        raise ValueError("There is no reward: pass reward_funcs, a function or reward model or a list of them.")
+        raise ValueError(
+            "There is no reward: pass reward_funcs, a function or reward model or a list of them."
+        )
     tokenizers = _listed(reward_processing_classes) or [None] * len(rewards)
     if len(tokenizers) != len(rewards):
         raise ValueError(
@@ -123,10 +137,14 @@ def build_sources(
         )
     if settings is not None:
         check_weights(settings.reward_weights, len(rewards))
-    builders = [_builder(reward, tokenizer) for reward, tokenizer in zip(rewards, tokenizers, strict=True)]
+    builders = [
+        _builder(reward, tokenizer) for reward, tokenizer in zip(rewards, tokenizers, strict=True)
+    ]
     # Everything has been looked at by now: no model is loaded only for the next item to be refused.
     sources = [build(model_options or ModelOptions()) for build in builders]
-    for source, name in zip(sources, distinct_names([source.name for source in sources]), strict=True):
+    for source, name in zip(
+        sources, distinct_names([source.name for source in sources]), strict=True
+    ):
         if source.name != name:
             source.name = name
     return sources
@@ -175,7 +193,9 @@ def _builder(reward: Any, tokenizer: Any) -> Callable[[ModelOptions], Any]:
     if isinstance(reward, nn.Module):
         return lambda options: model_reward(reward, tokenizer, options)
     if isinstance(reward, type):
-        raise ValueError(f"reward_funcs holds the class {reward.__name__}. Pass an instance: {reward.__name__}(...).")
+        raise ValueError(
+            f"reward_funcs holds the class {reward.__name__}. Pass an instance: {reward.__name__}(...)."
+        )
     if isinstance(reward, RewardSource):
         return lambda options: reward
     if callable(reward):
@@ -225,7 +245,9 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter] | 
         )
     if inspect.Parameter.VAR_KEYWORD in kinds:
         return None
-    return {name: p for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL}
+    return {
+        name: p for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL
+    }
 
 
 def _fresh(text: Any) -> Any:

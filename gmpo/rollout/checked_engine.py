@@ -46,7 +46,9 @@ class CheckedEngine:
 
     def _choose(self, requests: Sequence[Request], sampling: Sampling) -> Engine:
         prompt = requests[0].prompt.ids if requests else self.shared.eos
-        reason = obstacle(self.shared.policy(), sampling, gather=self.shared.gather) or self._failure(prompt)
+        reason = obstacle(
+            self.shared.policy(), sampling, gather=self.shared.gather
+        ) or self._failure(prompt)
         if reason is None:
             return self.shared
         if self.otherwise is None:
@@ -54,16 +56,25 @@ class CheckedEngine:
                 f"generation_engine='shared_prefix' can't serve this model: {reason}. Set generation_engine to "
                 "'generate' or 'auto'."
             )
-        logger.warning("Generating with transformers' generate, not with the faster shared-prefix engine: %s.", reason)
+        logger.warning(
+            "Generating with transformers' generate, not with the faster shared-prefix engine: %s.",
+            reason,
+        )
         return self.otherwise
 
     def _failure(self, prompt: Sequence[int]) -> str | None:
         dtype = without_adapter_shell(self.shared.policy()).dtype
-        tolerance = HALF_TOLERANCE if self.shared.autocast is not None else TOLERANCE.get(dtype, HALF_TOLERANCE)
+        tolerance = (
+            HALF_TOLERANCE
+            if self.shared.autocast is not None
+            else TOLERANCE.get(dtype, HALF_TOLERANCE)
+        )
         try:
             deviation = self.shared.deviation(prompt)
         except Exception as error:
-            return f"its forward pass fails over the shared prefix ({type(error).__name__}: {error})"
+            return (
+                f"its forward pass fails over the shared prefix ({type(error).__name__}: {error})"
+            )
         if not deviation <= tolerance:
             return f"its log-probs deviate by {deviation:.2g} nats from the plain model's, more than {tolerance:g}"
         return None

@@ -67,23 +67,34 @@ class ContinuousEngine:
         prompts = [request.prompt.ids for request in requests for _ in range(request.count)]
         seed = hash(tuple((request.seed, request.first) for request in requests)) % 2**31
         model = without_adapter_shell(policy)
-        with torch.random.fork_rng(), generating(policy, autocast=self.autocast, gather=self.gather):
+        with (
+            torch.random.fork_rng(),
+            generating(policy, autocast=self.autocast, gather=self.gather),
+        ):
             if not requests:
                 return []
             torch.manual_seed(seed)
             options = sized(self.options, prompts, config.max_new_tokens or 1, model.device)
             batching = ContinuousBatchingConfig(**options, return_logprobs=True, seed=seed)
             outputs = iter(run_to_end(model, prompts, config, batching))
-        return [[self._completion(next(outputs), config) for _ in range(request.count)] for request in requests]
+        return [
+            [self._completion(next(outputs), config) for _ in range(request.count)]
+            for request in requests
+        ]
 
     def _completion(self, output: Any, config: GenerationConfig) -> Completion:
         ids = list(output.generated_tokens)
         ended = bool(ids) and ids[-1] in config.eos_token_id  # pyright: ignore[reportOperatorIssue]
-        return Completion(ids=ids, finish_reason="stop" if ended else "length", logps=list(output.logprobs))
+        return Completion(
+            ids=ids, finish_reason="stop" if ended else "length", logps=list(output.logprobs)
+        )
 
 
 def run_to_end(
-    model: Any, prompts: list[list[int]], config: GenerationConfig, batching: ContinuousBatchingConfig
+    model: Any,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    batching: ContinuousBatchingConfig,
 ) -> list[Any]:
     """What became of each prompt, in order.
 
@@ -92,7 +103,9 @@ def run_to_end(
     Raises:
         RuntimeError: If the manager's thread stops before all are answered, or a request fails.
     """
-    manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=batching)
+    manager = model.init_continuous_batching(
+        generation_config=config, continuous_batching_config=batching
+    )
     names = manager.add_requests(prompts, max_new_tokens=config.max_new_tokens)
     manager.start()
     results: dict[str, Any] = {}
@@ -100,7 +113,9 @@ def run_to_end(
         while len(results) < len(names):
             output = manager.get_result(timeout=1)
             if output is None and not manager.is_running():
-                raise RuntimeError(f"Continuous batching stopped with {len(results)} of {len(names)} completions.")
+                raise RuntimeError(
+                    f"Continuous batching stopped with {len(results)} of {len(names)} completions."
+                )
             if output is not None and output.is_finished():
                 if output.error is not None:
                     raise RuntimeError(f"Continuous batching failed: {output.error}")
@@ -112,7 +127,10 @@ def run_to_end(
 
 
 def sized(
-    options: dict[str, Any], prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device
+    options: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """`options` with the size of the cache, where they leave it open: half of a GPU's memory, or what is needed.
 
@@ -134,7 +152,11 @@ def generation_config(sampling: Sampling, eos: Sequence[int], pad: int) -> Gener
         ValueError: For an option that cuts or bends the distribution, or that this engine does not know.
     """
     plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    changed = {name: getattr(sampling, name) for name, value in plain.items() if getattr(sampling, name) != value}
+    changed = {
+        name: getattr(sampling, name)
+        for name, value in plain.items()
+        if getattr(sampling, name) != value
+    }
     changed |= {name: value for name, value in sampling.extra.items() if name not in SAMPLING}
     for name, value in changed.items():
         raise ValueError(
@@ -160,5 +182,7 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"transformers_continuous_batching_config has {name!r}, which can't be set.{hint}")
+            raise ValueError(
+                f"transformers_continuous_batching_config has {name!r}, which can't be set.{hint}"
+            )
     return dict(options)

@@ -39,7 +39,9 @@ class Decoder:
         self.ending = ending
         self.limits = limits
         self.device = model.device
-        self.cache = SharedPrefixCache(model.config.get_text_config().num_hidden_layers, self.device)
+        self.cache = SharedPrefixCache(
+            model.config.get_text_config().num_hidden_layers, self.device
+        )
         self.prompts: list[Request] = []  # in the cache, in its order
         self.rows: list[Draft] = []  # being written, in the cache's order
         self.ready: deque[Draft] = deque()  # prompt read, first token drawn, no row yet
@@ -99,7 +101,10 @@ class Decoder:
         while waiting and not self.ready:
             length, count = len(waiting[0][0].request.prompt.ids), len(waiting[0])
             alone = not (batch or self.rows)
-            fits = self._fits(tokens + length, rows + 1) and tokens + length <= self.limits.prefill_tokens
+            fits = (
+                self._fits(tokens + length, rows + 1)
+                and tokens + length <= self.limits.prefill_tokens
+            )
             if not (alone or fits):
                 break
             batch.append(waiting.popleft())
@@ -119,7 +124,9 @@ class Decoder:
             logits = packed_logits(self.model, self.cache, ids, positions, keep=last)  # [groups, V]
         self.prompts += requests
         rows = [draft for group in groups for draft in group]
-        group_of = torch.tensor([n for n, group in enumerate(groups) for _ in group], device=self.device)
+        group_of = torch.tensor(
+            [n for n, group in enumerate(groups) for _ in group], device=self.device
+        )
         self._write(logits[group_of], rows)
         self.ready.extend(row for row in rows if row.finish_reason is None)
         self._forget()

@@ -21,7 +21,9 @@ class Draft:
     uniforms: Iterator[float]  # one in [0, 1) per token
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    supports: list[TokenList | None] = field(default_factory=list)  # what each token was drawn from; None: all
+    supports: list[TokenList | None] = field(
+        default_factory=list
+    )  # what each token was drawn from; None: all
     finish_reason: Literal["stop", "length"] | None = None  # None: not finished
 
     @property

@@ -27,8 +27,12 @@ class Sampling:
     top_k: int = 0  # 0: all tokens
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    extra: dict[str, Any] = field(default_factory=dict)  # the engine's own options; they win over the fields above
-    logps_support: Literal["sampled", "full"] = "sampled"  # whether log-probs are of what was left to sample from
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # the engine's own options; they win over the fields above
+    logps_support: Literal["sampled", "full"] = (
+        "sampled"  # whether log-probs are of what was left to sample from
+    )
 
     @property
     def scored_temperature(self) -> float:
@@ -49,8 +53,12 @@ class Completion:
 
     ids: list[int]  # with the end-of-sequence token, if there is one
     finish_reason: Literal["stop", "length"]
-    logps: list[float] | None  # log-prob of each token under the temperature-scaled distribution; None: not reported
-    support: TokenSets | None = None  # [len(ids)], the tokens that each was drawn from; None: always all
+    logps: (
+        list[float] | None
+    )  # log-prob of each token under the temperature-scaled distribution; None: not reported
+    support: TokenSets | None = (
+        None  # [len(ids)], the tokens that each was drawn from; None: always all
+    )
 
 
 class Engine(Protocol):

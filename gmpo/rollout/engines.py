@@ -17,7 +17,11 @@ Policy = Callable[[], Any]
 
 
 def build_engine(
-    settings: RolloutSettings, policy: Policy, encoder: PromptEncoder, *, autocast: Autocast | None = None
+    settings: RolloutSettings,
+    policy: Policy,
+    encoder: PromptEncoder,
+    *,
+    autocast: Autocast | None = None,
 ) -> Engine:
     """The engine that the settings name.
 

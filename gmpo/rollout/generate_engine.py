@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from gmpo.distributed import sharded
 from gmpo.rollout.draft import Draft, Ending, drafts
@@ -64,11 +70,18 @@ class GenerateEngine:
         meeting = not self.gather and sharded(policy)
         with generating(policy, autocast=self.autocast, gather=self.gather):
             if meeting and not requests:  # the others need our forward passes
-                self._generate([Request(Prompt([self.pad], ""), 1, seed=0)], sampling, config, meeting=True)
+                self._generate(
+                    [Request(Prompt([self.pad], ""), 1, seed=0)], sampling, config, meeting=True
+                )
             return self._generate(requests, sampling, config, meeting=meeting) if requests else []
 
     def _generate(
-        self, requests: Sequence[Request], sampling: Sampling, config: GenerationConfig, *, meeting: bool
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        config: GenerationConfig,
+        *,
+        meeting: bool,
     ) -> list[list[Completion]]:
         model = without_adapter_shell(self.policy())
         device = model.device
@@ -88,10 +101,16 @@ class GenerateEngine:
         return [[draft.completion() for draft in group] for group in samples]
 
     def _loop_config(self, config: GenerationConfig) -> GenerationConfig:
-        options = {name: value for name in LOOP_OPTIONS if (value := getattr(config, name, None)) is not None}
+        options = {
+            name: value
+            for name in LOOP_OPTIONS
+            if (value := getattr(config, name, None)) is not None
+        }
         if self.cache_implementation is not None:
             options.setdefault("cache_implementation", self.cache_implementation)
-        return GenerationConfig(do_sample=False, max_new_tokens=config.max_new_tokens, pad_token_id=self.pad, **options)
+        return GenerationConfig(
+            do_sample=False, max_new_tokens=config.max_new_tokens, pad_token_id=self.pad, **options
+        )
 
 
 class Turn:
@@ -136,7 +155,9 @@ class AllFinished(StoppingCriteria):
         return torch.tensor(finished, device=input_ids.device)
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Token rows as a rectangle that ends in their last tokens: ids and mask, both [R, P] int64."""
     width = max(len(row) for row in rows)
     ids = [[pad] * (width - len(row)) + list(row) for row in rows]

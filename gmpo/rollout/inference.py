@@ -15,16 +15,24 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 def prompt_learning(model: Any) -> bool:
     """Whether an adapter puts virtual tokens in front of every prompt, which only PEFT's own `generate` does."""
     adapters = getattr(model, "peft_config", None) if hasattr(model, "get_base_model") else None
-    return any(getattr(adapter, "is_prompt_learning", False) for adapter in (adapters or {}).values())
+    return any(
+        getattr(adapter, "is_prompt_learning", False) for adapter in (adapters or {}).values()
+    )
 
 
 def without_adapter_shell(model: Any) -> Any:
     """The transformers model inside of a PEFT model, where its adapters act without the shell, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") and not prompt_learning(model) else model
+    return (
+        model.get_base_model()
+        if hasattr(model, "get_base_model") and not prompt_learning(model)
+        else model
+    )
 
 
 @contextmanager
-def generating(model: Any, *, autocast: Autocast | None = None, gather: bool = True) -> Iterator[None]:
+def generating(
+    model: Any, *, autocast: Autocast | None = None, gather: bool = True
+) -> Iterator[None]:
     """Within the block the module generates: no gradient, dropout or checkpointing; plain defaults.
 
     Args:
@@ -33,7 +41,10 @@ def generating(model: Any, *, autocast: Autocast | None = None, gather: bool = T
         gather: Make sharded parameters whole, so that no forward pass meets another rank; every rank must enter.
     """
     training = [module for module in model.modules() if module.training]
-    owners = {id(m): m for m in (model, model.get_base_model() if hasattr(model, "get_base_model") else model)}.values()
+    owners = {
+        id(m): m
+        for m in (model, model.get_base_model() if hasattr(model, "get_base_model") else model)
+    }.values()
     defaults = [owner.generation_config for owner in owners]  # PEFT keeps a second one
     with torch.no_grad(), whole_model(model, inner=gather), (autocast or nullcontext)():
         try:

@@ -42,7 +42,12 @@ class Store:
     @classmethod
     def like(cls, keys: Tensor, values: Tensor, count: int, tokens: int) -> "Store":
         """An empty store; zeros, because what is not seen is still multiplied by 0."""
-        return cls(*(part.new_zeros(count, part.shape[1], tokens, part.shape[-1]) for part in (keys, values)))
+        return cls(
+            *(
+                part.new_zeros(count, part.shape[1], tokens, part.shape[-1])
+                for part in (keys, values)
+            )
+        )
 
     def grown(self, count: int, tokens: int, *, live: int, span: slice) -> "Store":
         """A store of another size with the tokens `span` of the first `live` entries at its beginning."""
@@ -63,7 +68,9 @@ class Grouping:
 
     num_prompts: int
     width: int  # most rows of one prompt
-    row: Tensor | None  # [num_prompts * width] row at each place, 0 where there is none; None: rows stand like that
+    row: (
+        Tensor | None
+    )  # [num_prompts * width] row at each place, 0 where there is none; None: rows stand like that
     prompt: Tensor  # [R] prompt of each row
     place: Tensor  # [R] place of each row among those of its prompt
 
@@ -90,7 +97,9 @@ class SharedPrefixCache(Cache):
         self.column = 0  # next to be written
         self._capacity = (0, 0)  # rows and columns of `own`
         self._grouping: Grouping | None = None
-        self._prefill: list[tuple[int, int]] | None = None  # while prompts are read: their tokens in the pass
+        self._prefill: list[tuple[int, int]] | None = (
+            None  # while prompts are read: their tokens in the pass
+        )
         self._biases: dict[Any, Any] = {}  # of this pass
         self.softcaps = True  # whether the model's own attention function bounds its scores
 
@@ -100,7 +109,9 @@ class SharedPrefixCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """Nothing but what was given: `attend` stores it."""
         return key_states, value_states
 
@@ -115,7 +126,9 @@ class SharedPrefixCache(Cache):
         size = max(self.prompt_lengths)
         for layer, store in enumerate(self.prompts):
             if store is not None:
-                self.prompts[layer] = store.grown(len(self.prompt_lengths), size, live=old, span=slice(0, keep))
+                self.prompts[layer] = store.grown(
+                    len(self.prompt_lengths), size, live=old, span=slice(0, keep)
+                )
         ends = torch.tensor(lengths).cumsum(0).tolist()
         self._prefill = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
         self._changed()
@@ -194,7 +207,10 @@ class SharedPrefixCache(Cache):
         for layer, store in enumerate(self.own):
             if store is not None:
                 self.own[layer] = store.grown(
-                    rows, columns, live=min(len(self.entries), self._capacity[0]), span=slice(first, self.column)
+                    rows,
+                    columns,
+                    live=min(len(self.entries), self._capacity[0]),
+                    span=slice(first, self.column),
                 )
         self._capacity = (rows, columns)
         self.entries = [entry - first for entry in self.entries]
@@ -222,12 +238,21 @@ class SharedPrefixCache(Cache):
         Returns:
             [1, N, Hq, D].
         """
-        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings are wider under autocast
+        query, key = (
+            query.to(value.dtype),
+            key.to(value.dtype),
+        )  # rotary embeddings are wider under autocast
         work = self._decode if self._prefill is None else self._read
         return work(layer, query, key, value, window, how)[None]
 
     def _read(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, how: "Scoring"
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        how: "Scoring",
     ) -> Tensor:
         """Prefill: every prompt attends to itself, causally.  [N, Hq, D]."""
         assert self._prefill is not None
@@ -236,7 +261,9 @@ class SharedPrefixCache(Cache):
             store = Store.like(key, value, len(self.prompt_lengths), max(self.prompt_lengths))
             self.prompts[layer] = store
         outputs = []
-        for prompt, (start, end) in enumerate(self._prefill, len(self.prompt_lengths) - len(self._prefill)):
+        for prompt, (start, end) in enumerate(
+            self._prefill, len(self.prompt_lengths) - len(self._prefill)
+        ):
             q, k, v = (part[:, :, start:end] for part in (query, key, value))
             store.keys[prompt, :, : end - start] = k[0]
             store.values[prompt, :, : end - start] = v[0]
@@ -246,7 +273,13 @@ class SharedPrefixCache(Cache):
         return torch.cat(outputs)
 
     def _decode(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, how: "Scoring"
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        how: "Scoring",
     ) -> Tensor:
         """One new token per row.  [R, Hq, D]."""
         rows, heads = key.shape[2], key.shape[1]
@@ -255,14 +288,20 @@ class SharedPrefixCache(Cache):
             store = self.own[layer] = Store.like(key, value, *self._capacity)
         store.keys[:rows, :, self.column] = key[0].transpose(0, 1)
         store.values[:rows, :, self.column] = value[0].transpose(0, 1)
-        query = query[0].transpose(0, 1).reshape(rows, heads, -1, query.shape[-1])  # [R, Hk, Hq / Hk, D]
+        query = (
+            query[0].transpose(0, 1).reshape(rows, heads, -1, query.shape[-1])
+        )  # [R, Hk, Hq / Hk, D]
         start, bias = self._own_bias(window, query)
         seen = slice(start, self.column + 1)
-        output, lse = part_of_attention(query, store.keys[:rows, :, seen], store.values[:rows, :, seen], bias, how)
+        output, lse = part_of_attention(
+            query, store.keys[:rows, :, seen], store.values[:rows, :, seen], bias, how
+        )
         span, bias = self._prompt_bias(window, query)
         if span.stop > span.start:
             other, other_lse = self._prompt_part(layer, query, span, bias, how)
-            output = torch.lerp(other, output, torch.sigmoid(lse - other_lse)[..., None].to(output.dtype))
+            output = torch.lerp(
+                other, output, torch.sigmoid(lse - other_lse)[..., None].to(output.dtype)
+            )
             lse = lse if how.sinks is None else torch.logaddexp(lse, other_lse)
         return how.drained(output.reshape(rows, -1, output.shape[-1]), lse.reshape(rows, -1))
 
@@ -307,9 +346,14 @@ class SharedPrefixCache(Cache):
             ages = [self.column - entry for entry in self.entries]
             hidden = [0] * len(ages)
             if window is not None:
-                hidden = [lengths[p] + age - window + 1 for p, age in zip(self.prompt_of, ages, strict=True)]
+                hidden = [
+                    lengths[p] + age - window + 1
+                    for p, age in zip(self.prompt_of, ages, strict=True)
+                ]
             span = slice(min(max(0, min(hidden)), max(lengths)), max(lengths))
-            alike = (min(lengths) == max(lengths) and max(hidden) <= span.start) or span.start == span.stop
+            alike = (
+                min(lengths) == max(lengths) and max(hidden) <= span.start
+            ) or span.start == span.stop
             self._biases[key] = (span, None if alike else self._ragged_bias(span, hidden, query))
         return self._biases[key]
 
@@ -320,7 +364,9 @@ class SharedPrefixCache(Cache):
         lengths = torch.tensor(self.prompt_lengths, device=self.device)
         seen = position < lengths[:, None]  # [prompts, P]
         if max(hidden) <= span.start:
-            return bias_of(seen, query.dtype)[:, None, None].expand(-1, 1, groups.width * query.shape[2], -1)
+            return bias_of(seen, query.dtype)[:, None, None].expand(
+                -1, 1, groups.width * query.shape[2], -1
+            )
         first = torch.zeros(groups.num_prompts, groups.width, dtype=torch.int64, device=self.device)
         first[groups.prompt, groups.place] = torch.tensor(hidden, device=self.device)
         seen = seen[:, None] & (position >= first[..., None])  # [prompts, width, P]
@@ -343,7 +389,9 @@ class Scoring:
         return output * torch.sigmoid(lse - self.sinks.float())[..., None].to(output.dtype)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None, how: Scoring) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, how: Scoring
+) -> Tensor:
     """Attention of a text to itself, all of [1, H, N, D]."""
     length = query.shape[2]
     plain = window is None or window >= length
@@ -356,7 +404,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, window: int | No
         columns = slice(0 if window is None else max(0, start - window + 1), rows.stop)
         distance = position[rows, None] - position[columns]
         bias = bias_of((distance >= 0) & (distance < (window or length)), query.dtype)[None, None]
-        output, lse = part_of_attention(query[:, :, rows], key[:, :, columns], value[:, :, columns], bias, how)
+        output, lse = part_of_attention(
+            query[:, :, rows], key[:, :, columns], value[:, :, columns], bias, how
+        )
         outputs.append(how.drained(output.transpose(1, 2), lse.transpose(1, 2)).transpose(1, 2))
     return torch.cat(outputs, dim=2)
 
@@ -429,7 +479,13 @@ _active: ContextVar[SharedPrefixCache] = ContextVar("active")
 
 
 def shared_prefix_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in the place of its own attention functions."""
     cache = _active.get()
@@ -459,9 +515,15 @@ def configured_window(module: Any) -> int | None:
 @contextmanager
 def attention_over(model: Any, cache: SharedPrefixCache) -> Iterator[None]:
     """Within the block, the model's attention layers store into `cache` and attend to it."""
-    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    configs = {
+        id(config): config
+        for m in model.modules()
+        if (config := getattr(m, "config", None)) is not None
+    }
     before = {number: config._attn_implementation_internal for number, config in configs.items()}
-    cache.softcaps = "sdpa" not in before.values()  # transformers' sdpa leaves them out, and so does the trainer then
+    cache.softcaps = (
+        "sdpa" not in before.values()
+    )  # transformers' sdpa leaves them out, and so does the trainer then
     token = _active.set(cache)
     try:
         for config in configs.values():

@@ -78,7 +78,9 @@ class PromptEncoder:
         prompts = []
         for number, row in enumerate(rows):
             self._check_form(row, number)
-            key = json.dumps([row["prompt"], row.get("chat_template_kwargs")], sort_keys=True, default=str)
+            key = json.dumps(
+                [row["prompt"], row.get("chat_template_kwargs")], sort_keys=True, default=str
+            )
             if key not in known:
                 known[key] = Prompt(ids=self._ids(row, number), source=row["prompt"])
             prompts.append(known[key])
@@ -103,7 +105,9 @@ class PromptEncoder:
                 "[{'role': ..., 'content': ...}, ...]."
             )
         if not prompt:
-            raise ValueError(f"The prompt of row {number} is empty. Remove the row from the dataset.")
+            raise ValueError(
+                f"The prompt of row {number} is empty. Remove the row from the dataset."
+            )
         if self.conversational is None:
             self._decide(messages)
         if messages != self.conversational:
@@ -125,8 +129,14 @@ class PromptEncoder:
         prompt = row["prompt"]
         ids = self._text_ids(prompt) if isinstance(prompt, str) else self._message_ids(row, number)
         if not ids:
-            raise ValueError(f"The prompt of row {number} has no tokens: {shown(prompt)}. Remove the row.")
-        room = None if self.context_length is None else self.context_length - self.max_completion_length
+            raise ValueError(
+                f"The prompt of row {number} has no tokens: {shown(prompt)}. Remove the row."
+            )
+        room = (
+            None
+            if self.context_length is None
+            else self.context_length - self.max_completion_length
+        )
         if room is not None and len(ids) > room:
             raise ValueError(
                 f"The prompt of row {number} has {len(ids)} tokens. The model's context of {self.context_length} "
@@ -142,7 +152,12 @@ class PromptEncoder:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token):
             ids = ids[1:]
-        if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
+        if (
+            eos is not None
+            and len(ids) > 1
+            and ids[-1] == eos
+            and not text.endswith(tokenizer.eos_token)
+        ):
             ids = ids[:-1]
         return ids
 
@@ -167,7 +182,9 @@ class PromptEncoder:
                 **{**self.template_kwargs, **(row.get("chat_template_kwargs") or {})},
             )
         except TemplateError as error:
-            raise ValueError(f"The chat template refuses the prompt {shown(messages)}: {error}") from error
+            raise ValueError(
+                f"The chat template refuses the prompt {shown(messages)}: {error}"
+            ) from error
         return list(ids)
 
 
@@ -179,7 +196,9 @@ def is_messages(prompt: Any) -> bool:
 def parts_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The blocks of a message whose content is a list of them; none for plain text."""
     content = message.get("content")
-    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return (
+        [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    )
 
 
 def shown(prompt: Any, width: int = 80) -> str:
@@ -200,16 +219,22 @@ def check_dataset(dataset: Any, encoder: PromptEncoder, *, name: str = "train_da
         return
     if isinstance(dataset, Mapping):
         splits = [repr(split) for split in dataset]
-        raise ValueError(f"{name} is a dict of datasets ({', '.join(splits)}). Pass one of them: dataset[{splits[0]}].")
+        raise ValueError(
+            f"{name} is a dict of datasets ({', '.join(splits)}). Pass one of them: dataset[{splits[0]}]."
+        )
     if hasattr(dataset, "__len__") and not len(dataset):
         raise ValueError(f"{name} is empty: there is no prompt.")
     columns = getattr(dataset, "column_names", None)
-    made_as_read = not hasattr(dataset, "__len__") or getattr(dataset, "format", {}).get("type") == "custom"
+    made_as_read = (
+        not hasattr(dataset, "__len__") or getattr(dataset, "format", {}).get("type") == "custom"
+    )
     try:
         if columns is not None and "prompt" not in columns:
             encoder.check([dict.fromkeys(columns)])
         elif not made_as_read:
-            rows = dataset if columns is None else ({"prompt": prompt} for prompt in dataset["prompt"])
+            rows = (
+                dataset if columns is None else ({"prompt": prompt} for prompt in dataset["prompt"])
+            )
             encoder.check(rows)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -220,7 +245,11 @@ def configs(model: Any, settings: Any) -> tuple[Any, Any]:
     if not isinstance(model, str):
         return model.config, getattr(model, "generation_config", None)
     wanted = getattr(settings, "model_init_kwargs", None) or {}
-    where = {name: wanted[name] for name in ("revision", "cache_dir", "token", "subfolder") if name in wanted}
+    where = {
+        name: wanted[name]
+        for name in ("revision", "cache_dir", "token", "subfolder")
+        if name in wanted
+    }
     trust = getattr(settings, "trust_remote_code", False) or wanted.get("trust_remote_code", False)
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust, **where)
     try:
@@ -261,4 +290,6 @@ def padding_token(tokenizer: Any) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise ValueError("The tokenizer has neither a pad token nor an eos token. Set tokenizer.pad_token.")
+    raise ValueError(
+        "The tokenizer has neither a pad token nor an eos token. Set tokenizer.pad_token."
+    )

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from gmpo.distributed import WRAPPERS, whole
 from gmpo.rollout.inference import prompt_learning, without_adapter_shell
 
-Piece = tuple[str, Callable[[], Tensor]]  # a weight's name in the module tree, and what makes it whole
+Piece = tuple[
+    str, Callable[[], Tensor]
+]  # a weight's name in the module tree, and what makes it whole
 
 
-def named_weights(policy: Any, *, merge: bool = True, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    policy: Any, *, merge: bool = True, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the policy, as a checkpoint of the bare model names it.
 
     Adapters are merged out of place, in float32, one layer at a time: the policy itself is never touched.  Tied weights
@@ -28,13 +32,17 @@ def named_weights(policy: Any, *, merge: bool = True, dtype: torch.dtype | None 
         ValueError: An adapter that can't be merged from shards, or that makes tied weights differ.
     """
     if prompt_learning(policy):
-        raise ValueError("Prompt-learning adapters put tokens in front of prompts, which vLLM can't do. Use LoRA.")
+        raise ValueError(
+            "Prompt-learning adapters put tokens in front of prompts, which vLLM can't do. Use LoRA."
+        )
     model = without_adapter_shell(policy)
     rename = checkpoint_renaming(model)
     for name, make in pieces(model, merge=merge):
         with torch.no_grad():
             tensor = make()
-            tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            tensor = (
+                tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            )
             renamed = rename(name, tensor)
         yield from renamed
 
@@ -51,8 +59,12 @@ def checkpoint_renaming(model: Any) -> Callable[[str, Tensor], Iterator[tuple[st
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)
-    split = [c for c in conversions if isinstance(c, WeightConverter) and len(c.target_patterns) > 1]
+    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(
+        model, add_legacy=False
+    )
+    split = [
+        c for c in conversions if isinstance(c, WeightConverter) and len(c.target_patterns) > 1
+    ]
     if split:
         raise ValueError(
             f"{type(model).__name__} splits {split[0].source_patterns} of its checkpoint into several weights, which "
@@ -84,7 +96,11 @@ def pieces(model: nn.Module, *, merge: bool) -> Iterator[Piece]:
                 adapted.add(id(tensor))
             if first == name:
                 full = f"{name}.{weight_name}" if name else weight_name
-                make = (lambda m=module, n=weight_name: merged(m, n)) if changed else (lambda t=tensor: whole(t))
+                make = (
+                    (lambda m=module, n=weight_name: merged(m, n))
+                    if changed
+                    else (lambda t=tensor: whole(t))
+                )
                 yield full, make
 
 
@@ -111,7 +127,11 @@ def trained_copy(wrapper: Any) -> nn.Module:
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
-    return hasattr(module, "base_layer") and hasattr(module, "merge") and hasattr(module, "active_adapters")
+    return (
+        hasattr(module, "base_layer")
+        and hasattr(module, "merge")
+        and hasattr(module, "active_adapters")
+    )
 
 
 def own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -128,7 +148,11 @@ def own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def merged_names(layer: Any) -> tuple[str, ...]:
     """What its active adapters change of an adapted layer."""
     biases: dict[str, bool] = getattr(layer, "lora_bias", {})
-    return ("weight", "bias") if any(biases.get(name) for name in layer.active_adapters) else ("weight",)
+    return (
+        ("weight", "bias")
+        if any(biases.get(name) for name in layer.active_adapters)
+        else ("weight",)
+    )
 
 
 def merged(layer: Any, name: str) -> Tensor:
@@ -150,7 +174,9 @@ def is_plain_lora(layer: Any) -> bool:
     """Whether base + scaling * B A is all that this layer's active adapters do."""
     if not hasattr(layer, "lora_A") or hasattr(layer.base_layer.weight, "quant_state"):
         return False
-    if any(layer.lora_variant.get(name) or layer.lora_bias.get(name) for name in layer.active_adapters):
+    if any(
+        layer.lora_variant.get(name) or layer.lora_bias.get(name) for name in layer.active_adapters
+    ):
         return False  # DoRA and its like
     return not layer.merged and getattr(layer.base_layer, "kernel_size", None) is None
 
@@ -180,7 +206,11 @@ def adapter_obstacle(policy: Any) -> str | None:
     config = policy.peft_config[active[0]]
     if len(active) != 1 or type(config).__name__ != "LoraConfig":
         return "it is not one LoRA adapter"
-    if config.modules_to_save or config.bias != "none" or getattr(config, "trainable_token_indices", None):
+    if (
+        config.modules_to_save
+        or config.bias != "none"
+        or getattr(config, "trainable_token_indices", None)
+    ):
         return "more than LoRA matrices is trained"
     layers = [module for module in policy.modules() if is_adapter_layer(module)]
     if not all(is_plain_lora(layer) and active[0] in layer.lora_A for layer in layers):
@@ -201,9 +231,16 @@ def write_adapter(policy: Any, folder: str | None) -> None:
     state = {key: whole(tensor) for key, tensor in policy.named_parameters() if f".{name}." in key}
     if folder is None:
         return
-    plain = get_peft_model_state_dict(policy, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    plain = get_peft_model_state_dict(
+        policy, state_dict=state, adapter_name=name, save_embedding_layers=False
+    )
     config = copy.copy(policy.peft_config[name])
-    config.init_lora_weights = True  # whatever an init did to the base weights, the engine gets those as they are
+    config.init_lora_weights = (
+        True  # whatever an init did to the base weights, the engine gets those as they are
+    )
     config.inference_mode = True
     config.save_pretrained(folder)
-    save_file({key: tensor.cpu().contiguous() for key, tensor in plain.items()}, f"{folder}/adapter_model.safetensors")
+    save_file(
+        {key: tensor.cpu().contiguous() for key, tensor in plain.items()},
+        f"{folder}/adapter_model.safetensors",
+    )

@@ -124,7 +124,12 @@ def sampling_config(sampling: Sampling, eos: Sequence[int]) -> GenerationConfig:
     if not options["temperature"]:
         options.update(do_sample=False, temperature=1.0)
     config = GenerationConfig()
-    for name, value in options.items():  # not by its `update`, which warns of options that greedy decoding leaves out
+    for (
+        name,
+        value,
+    ) in (
+        options.items()
+    ):  # not by its `update`, which warns of options that greedy decoding leaves out
         setattr(config, name, value)
     return config
 
@@ -170,7 +175,9 @@ class Sampler:
         self.config._eos_token_tensor = torch.tensor(config.eos_token_id, device=device)  # type: ignore[attr-defined]
         self.temperature = float(config.temperature or 1.0)
         self.greedy = not config.do_sample
-        self._processors: dict[int, Any] = {}  # LogitsProcessorLists, whose types know no plain tensors
+        self._processors: dict[
+            int, Any
+        ] = {}  # LogitsProcessorLists, whose types know no plain tensors
         shared = self._for_prompt(1)
         self.plain = all(isinstance(p, logits_process.TemperatureLogitsWarper) for p in shared)
         self.blind: Any = shared if all(isinstance(p, BLIND_PROCESSORS) for p in shared) else None
@@ -189,13 +196,17 @@ class Sampler:
         if self.plain:
             probabilities = scaled.softmax(-1)
             tokens = self._pick(probabilities, rows)
-            return Choice(tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log(), [None] * len(rows))
+            return Choice(
+                tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log(), [None] * len(rows)
+            )
         processed = self._processed(logits.float(), rows)
         tokens = self._pick(processed.softmax(-1), rows)
         exact = self.logps_support == "sampled"
         supports = token_lists(processed > IMPOSSIBLE) if exact else [None] * len(rows)
         scores = processed if exact else scaled
-        return Choice(tokens, scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1), supports)
+        return Choice(
+            tokens, scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1), supports
+        )
 
     def _pick(self, probabilities: Tensor, rows: Sequence[Draft]) -> Tensor:
         if self.greedy:
@@ -206,13 +217,17 @@ class Sampler:
     def _processed(self, scores: Tensor, rows: Sequence[Draft]) -> Tensor:
         """Scores after all processors, [R, V].  Those that read tokens get rows of one length at a time, unpadded."""
         if self.blind is not None:
-            return self.blind(torch.empty(len(rows), 0, dtype=torch.int64, device=scores.device), scores.clone())
+            return self.blind(
+                torch.empty(len(rows), 0, dtype=torch.int64, device=scores.device), scores.clone()
+            )
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             alike[len(row.request.prompt.ids), len(row.ids)].append(number)
         result = torch.empty_like(scores)
         for (prompt_length, _), numbers in alike.items():
-            ids = torch.tensor([rows[n].request.prompt.ids + rows[n].ids for n in numbers], device=scores.device)
+            ids = torch.tensor(
+                [rows[n].request.prompt.ids + rows[n].ids for n in numbers], device=scores.device
+            )
             index = torch.tensor(numbers, device=scores.device)
             result[index] = self._for_prompt(prompt_length)(ids, scores[index])
         return result
@@ -254,7 +269,9 @@ def invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
     cumulative = blocks.sum(-1).double().cumsum(-1)  # [R, V / width]
     target = below(numbers * cumulative[:, -1], cumulative[:, -1])
     block = (cumulative <= target[:, None]).sum(-1)  # [R]
-    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp_min(0)[:, None])[:, 0], 0.0)
+    before = torch.where(
+        block > 0, cumulative.gather(-1, (block - 1).clamp_min(0)[:, None])[:, 0], 0.0
+    )
     inner = blocks[torch.arange(rows, device=block.device), block].double().cumsum(-1)  # [R, width]
     rest = below(target - before, inner[:, -1])
     return block * width + (inner <= rest[:, None]).sum(-1)

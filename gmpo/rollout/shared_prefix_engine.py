@@ -61,7 +61,9 @@ class SharedPrefixEngine:
         tokens = (list(prompt) * CHECKED)[:CHECKED]
         half = CHECKED // 2
         with generating(policy, autocast=self.autocast, gather=self.gather):
-            whole = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits
+            whole = model(
+                input_ids=torch.tensor([tokens], device=model.device), use_cache=False
+            ).logits
             got = forced(model, tokens[:half], tokens[half:])
         return distance(whole[0, half - 1 :, None], got)
 
@@ -80,14 +82,20 @@ class SharedPrefixEngine:
             if not requests:
                 return []
             limits = Limits(self.rows, self._cache_tokens(model), self.prefill_tokens)
-            sampler = Sampler(model, config, device=model.device, logps_support=sampling.logps_support)
+            sampler = Sampler(
+                model, config, device=model.device, logps_support=sampling.logps_support
+            )
             groups = Decoder(model, sampler, ending(config, self.tokenizer), limits).write(requests)
         return [[draft.completion() for draft in group] for group in groups]
 
     def _cache_tokens(self, model: Any) -> int:
         room = self.cache_bytes
         if room is None:
-            free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 2 * 4 * 2**30
+            free = (
+                torch.cuda.mem_get_info(model.device)[0]
+                if model.device.type == "cuda"
+                else 2 * 4 * 2**30
+            )
             room = free // 2
         return room // bytes_per_token(model)
 
@@ -98,7 +106,9 @@ def forced(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> torc
     with attention_over(model, cache):
         with cache.reading([len(prompt)]):
             last = torch.tensor([len(prompt) - 1], device=model.device)
-            outputs = [packed_logits(model, cache, prompt, range(len(prompt)), keep=last).expand(2, -1)]
+            outputs = [
+                packed_logits(model, cache, prompt, range(len(prompt)), keep=last).expand(2, -1)
+            ]
         cache.enter([0, 0])
         for position, token in enumerate(completion, len(prompt)):
             cache.begin_step()
@@ -120,7 +130,10 @@ def obstacle(model: Any, sampling: Sampling, *, gather: bool = True) -> str | No
         return "the adapter learns virtual prompt tokens"
     model = without_adapter_shell(model)
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
     loop_options = [name for name in LOOP_OPTIONS if sampling.extra.get(name) is not None]
     reasons = {
         "it is an encoder-decoder": model.config.is_encoder_decoder,

@@ -66,17 +66,25 @@ class Backend:
     supports_draft_weight_update = False
     defers_processing = False
 
-    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module) -> None:
+    def __init__(
+        self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module
+    ) -> None:
         self.config = config
         self.vllm_config = vllm_config
         self.device = device
         self.model = model
-        self.needed = parameter_names(model)  # now, since an update takes tied parameters apart while it lasts
-        self.loaded: set[str] | None = None  # names of parameters since the update began; None: none is going on
+        self.needed = parameter_names(
+            model
+        )  # now, since an update takes tied parameters apart while it lasts
+        self.loaded: set[str] | None = (
+            None  # names of parameters since the update began; None: none is going on
+        )
         self.nccl: Any = None
         self.own_scale: float | None = None  # of the model's logits; None: never changed
         # warns of each module without weights of its own; `finish_weight_update` tells those that lack some
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
+            logging.ERROR
+        )
 
     # -- what vLLM's worker calls, in order ---------------------------------------------------------------------------
 
@@ -105,7 +113,9 @@ class Backend:
 
         for module in self.model.modules():
             info = get_layerwise_info(module)
-            if info.can_load():  # left over from an update that broke off: what it has buffered must not count
+            if (
+                info.can_load()
+            ):  # left over from an update that broke off: what it has buffered must not count
                 info.load_numel = 0
                 info.loaded_weights.clear()
         initialize_layerwise_reload(self.model)
@@ -128,7 +138,9 @@ class Backend:
             self.nccl.receive_weights(self.nccl.parse_update_info(update_info))
             torch.accelerator.synchronize()
         else:
-            self.load_weights(update_info["weights"] if "weights" in update_info else read(update_info["path"]))
+            self.load_weights(
+                update_info["weights"] if "weights" in update_info else read(update_info["path"])
+            )
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -177,7 +189,9 @@ class Backend:
         processors[0].scale = self.own_scale * factor  # type: ignore[assignment]
 
     def _join_nccl(self, init_info: dict[str, Any]) -> None:
-        if "nccl_unique_id_b64" not in init_info:  # else vLLM meets the trainer at a store, and unpickles from it
+        if (
+            "nccl_unique_id_b64" not in init_info
+        ):  # else vLLM meets the trainer at a store, and unpickles from it
             raise ValueError("An NCCL group is joined by nccl_unique_id_b64 only.")
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 

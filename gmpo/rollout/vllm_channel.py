@@ -43,7 +43,9 @@ class Channel:
         self.token = token
         self.timeout = timeout
         self.accepted = False  # whether the server has ever taken the token
-        self._open: dict[socket.socket, threading.Event] = {}  # connections, and what tells that one was cut
+        self._open: dict[
+            socket.socket, threading.Event
+        ] = {}  # connections, and what tells that one was cut
 
     def get(self, path: str) -> Any:
         return self.call("GET", path)
@@ -75,7 +77,9 @@ class Channel:
         self.accepted = True
         return answer
 
-    def exchange(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> tuple[int, bytes]:
+    def exchange(
+        self, method: str, path: str, body: Any = None, *, timeout: float | None = None
+    ) -> tuple[int, bytes]:
         """Status and content of the answer.
 
         Raises:
@@ -89,7 +93,9 @@ class Channel:
         data = None if body is None else json.dumps(body)
         with self._connected(time.monotonic() + timeout, what) as (connection, expired):
             try:
-                connection.request(method, self.parts.path.rstrip("/") + path, body=data, headers=headers)
+                connection.request(
+                    method, self.parts.path.rstrip("/") + path, body=data, headers=headers
+                )
                 response = connection.getresponse()
                 content = response.read(ANSWER_BYTES)
                 if (
@@ -98,18 +104,26 @@ class Channel:
                     raise http.client.IncompleteRead(content, response.length)
             except (OSError, http.client.HTTPException) as error:
                 late = expired.is_set() or isinstance(error, TimeoutError)
-                problem = f"was not answered within {timeout:g} seconds" if late else f"broke off ({error!r})"
+                problem = (
+                    f"was not answered within {timeout:g} seconds"
+                    if late
+                    else f"broke off ({error!r})"
+                )
                 raise VllmFault(f"{what} {problem}.", lost=True) from None
         if expired.is_set():
             raise VllmFault(f"{what} was not answered within {timeout:g} seconds.", lost=True)
         return response.status, content
 
     @contextmanager
-    def _connected(self, deadline: float, what: str) -> Iterator[tuple[http.client.HTTPConnection, threading.Event]]:
+    def _connected(
+        self, deadline: float, what: str
+    ) -> Iterator[tuple[http.client.HTTPConnection, threading.Event]]:
         """A connection that is cut at the deadline, however slowly bytes trickle in until then."""
         connection = self._connect(deadline, what)
         expired = threading.Event()
-        timer = threading.Timer(max(deadline - time.monotonic(), 0.0), cut, [connection.sock, expired])
+        timer = threading.Timer(
+            max(deadline - time.monotonic(), 0.0), cut, [connection.sock, expired]
+        )
         timer.daemon = True
         timer.start()
         sock = connection.sock
@@ -127,7 +141,11 @@ class Channel:
             cut(sock, expired)
 
     def _connect(self, deadline: float, what: str) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
+        kind = (
+            http.client.HTTPSConnection
+            if self.parts.scheme == "https"
+            else http.client.HTTPConnection
+        )
         for attempt in range(CONNECT_ATTEMPTS):
             left = max(deadline - time.monotonic(), 0.01)
             connection = kind(self.parts.hostname or "", self.parts.port, timeout=left)
@@ -160,7 +178,12 @@ class Channel:
                     f"No healthy vLLM server at {self.address} within {seconds:g} seconds: {problem} {HOW_TO_START}."
                 )
             if not told:
-                logger.warning("Waiting up to %g seconds for the vLLM server at %s: %s", seconds, self.address, problem)
+                logger.warning(
+                    "Waiting up to %g seconds for the vLLM server at %s: %s",
+                    seconds,
+                    self.address,
+                    problem,
+                )
                 told = True
             time.sleep(PAUSE)
 
@@ -184,5 +207,7 @@ def message_of(answer: Any) -> str:
     """What an error answer says, without vLLM's wrapping."""
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     text = str(error.get("message", error) if isinstance(error, dict) else error)
-    inner = text.partition("Worker failed with error '")[2].rpartition("', please check the stack trace")[0]
+    inner = text.partition("Worker failed with error '")[2].rpartition(
+        "', please check the stack trace"
+    )[0]
     return (inner or text)[:600]

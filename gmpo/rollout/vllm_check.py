@@ -41,7 +41,9 @@ class ExactnessCheck:
         tolerance: float | None = None,
     ) -> None:
         self.policy = policy
-        self.ids: list[int] = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])[:longest]
+        self.ids: list[int] = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])[
+            :longest
+        ]
         self.autocast = autocast
         self.tolerance = tolerance
 
@@ -88,9 +90,15 @@ def computing_dtype(policy: Any, autocast: Autocast | None) -> torch.dtype:
     model = without_adapter_shell(policy)
     device = model.device.type
     with (autocast or nullcontext)():
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        return (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        )
 
 
-def prompt_logps(prompt_logprobs: Sequence[Any], ids: Sequence[Any], of: Callable[[Any], float]) -> list[float]:
+def prompt_logps(
+    prompt_logprobs: Sequence[Any], ids: Sequence[Any], of: Callable[[Any], float]
+) -> list[float]:
     """The log-probs of `ids[1:]` among what vLLM reports of a prompt, one dict from token to report per position."""
-    return [of(reported[token]) for reported, token in zip(prompt_logprobs[1:], ids[1:], strict=True)]
+    return [
+        of(reported[token]) for reported, token in zip(prompt_logprobs[1:], ids[1:], strict=True)
+    ]

@@ -63,7 +63,9 @@ class Client:
     def _facts_from_worker(self) -> EngineFacts | None:
         """From gmpo's worker extension; None: the server has none."""
         try:
-            (described,) = self.channel.post("/collective_rpc", {"method": "gmpo_describe"})["results"][:1]
+            (described,) = self.channel.post("/collective_rpc", {"method": "gmpo_describe"})[
+                "results"
+            ][:1]
             return EngineFacts(**described)
         except VllmFault as fault:
             if fault.lost:
@@ -92,7 +94,9 @@ class Client:
             reason: Exception = fault
         except (KeyError, TypeError, AttributeError) as error:
             reason = error
-        raise VllmFault(f"The server at {self.address} can't be given weights ({reason}). {HOW_TO_START}.")
+        raise VllmFault(
+            f"The server at {self.address} can't be given weights ({reason}). {HOW_TO_START}."
+        )
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -166,5 +170,7 @@ class Client:
         """vLLM's answer to a request for completions, with a list of "choices"."""
         answer = self.channel.post("/inference/v1/generate", body)
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
-            raise VllmFault(f"{self.address} was asked for completions and answered {str(answer)[:80]!r}.")
+            raise VllmFault(
+                f"{self.address} was asked for completions and answered {str(answer)[:80]!r}."
+            )
         return answer

@@ -22,7 +22,13 @@ from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm_backend import CPU_BLOCK, NAME, register
 from gmpo.rollout.vllm_check import ExactnessCheck, computing_dtype, prompt_logps
 from gmpo.rollout.vllm_publisher import ByReference, new_run, policy_weights, send
-from gmpo.rollout.vllm_sampling import VllmSampling, check_room, completion, engine_seed, vllm_sampling
+from gmpo.rollout.vllm_sampling import (
+    VllmSampling,
+    check_room,
+    completion,
+    engine_seed,
+    vllm_sampling,
+)
 
 
 class ColocatedEngine:
@@ -57,7 +63,9 @@ class ColocatedEngine:
         self.eos = tuple(eos)
         self._folder = tempfile.TemporaryDirectory(prefix="gmpo-vllm-", ignore_cleanup_errors=True)
         self.folder = self._folder.name
-        self.joined_group = torch.distributed.is_initialized()  # then the group of all ranks is the trainer's
+        self.joined_group = (
+            torch.distributed.is_initialized()
+        )  # then the group of all ranks is the trainer's
         self.dtype = engine_dtype(settings, policy(), autocast)
         self.llm: Any = start(settings, policy(), tokenizer, folder=self.folder, dtype=self.dtype)
         self.run = new_run()
@@ -103,7 +111,9 @@ class ColocatedEngine:
         else:
             self._publish_weights(tag, merge=True)
         if not self.llm.reset_prefix_cache():
-            raise AssertionError("vLLM holds on to its prefix cache although nothing is being generated.")
+            raise AssertionError(
+                "vLLM holds on to its prefix cache although nothing is being generated."
+            )
         if self.check is not None:
             self._wake("kv_cache")
             self.check.run([self._score], self.dtype)
@@ -143,7 +153,9 @@ class ColocatedEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """`count` completions for each request; each prompt is read once.  Every rank must call."""
-        options = vllm_sampling(sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex)
+        options = vllm_sampling(
+            sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex
+        )
         self._wake("weights", "kv_cache")
         mine, everything = self._requests_of_group(requests)
         check_room(everything, options.options, self.longest, remedy="Raise vllm_max_model_length")
@@ -174,7 +186,9 @@ class ColocatedEngine:
         first = distributed.rank() // size * size
         lists = distributed.gathered_objects(list(requests))[first : first + size]
         before = sum(len(part) for part in lists[: distributed.rank() - first])
-        return slice(before, before + len(requests)), [request for part in lists for request in part]
+        return slice(before, before + len(requests)), [
+            request for part in lists for request in part
+        ]
 
     def _scale_logits(self, scale: float) -> None:
         if scale != self.scale:
@@ -226,7 +240,14 @@ ON_CPUS = {
     "enable_chunked_prefill": False,  # read in parts, a prompt makes vLLM take back random numbers, which fails there
     "block_size": CPU_BLOCK,
 }
-OURS = ("model", "tokenizer", "load_format", "weight_transfer_config", "logprobs_mode", "distributed_executor_backend")
+OURS = (
+    "model",
+    "tokenizer",
+    "load_format",
+    "weight_transfer_config",
+    "logprobs_mode",
+    "distributed_executor_backend",
+)
 OPTIONS = {  # vLLM's name -> ours
     "tensor_parallel_size": "vllm_tensor_parallel_size",
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
@@ -236,7 +257,9 @@ OPTIONS = {  # vLLM's name -> ours
 }
 
 
-def start(settings: RolloutSettings, policy: Any, tokenizer: Any, *, folder: str, dtype: torch.dtype) -> Any:
+def start(
+    settings: RolloutSettings, policy: Any, tokenizer: Any, *, folder: str, dtype: torch.dtype
+) -> Any:
     """A vLLM engine in this process, for the architecture of `policy`, with random weights.
 
     Args:
@@ -251,7 +274,9 @@ def start(settings: RolloutSettings, policy: Any, tokenizer: Any, *, folder: str
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ImportError(f"use_vllm=True needs vLLM: pip install 'gmpo[vllm]' ({error}).") from None
+            raise ImportError(
+                f"use_vllm=True needs vLLM: pip install 'gmpo[vllm]' ({error})."
+            ) from None
 
         check_known(settings.vllm_engine_kwargs or {}, LLM)  # pyright: ignore[reportArgumentType]
         register()
@@ -262,10 +287,14 @@ def check_known(options: dict[str, Any], llm: Any) -> None:
     """Raise a ValueError for an engine option that vLLM does not have."""
     from vllm.engine.arg_utils import EngineArgs
 
-    known = {field.name for field in dataclasses.fields(EngineArgs)} | {*inspect.signature(llm).parameters}
+    known = {field.name for field in dataclasses.fields(EngineArgs)} | {
+        *inspect.signature(llm).parameters
+    }
     for name in options:
         if name not in known:
-            raise ValueError(f"vllm_engine_kwargs has {name!r}, which vLLM does not know.{advice(name, known)}")
+            raise ValueError(
+                f"vllm_engine_kwargs has {name!r}, which vLLM does not know.{advice(name, known)}"
+            )
 
 
 def check_ranks(tensor_parallel_size: int) -> None:
@@ -276,7 +305,9 @@ def check_ranks(tensor_parallel_size: int) -> None:
         )
 
 
-def engine_arguments(settings: RolloutSettings, policy: Any, *, folder: str, dtype: torch.dtype) -> dict[str, Any]:
+def engine_arguments(
+    settings: RolloutSettings, policy: Any, *, folder: str, dtype: torch.dtype
+) -> dict[str, Any]:
     """Keywords for vLLM's LLM; vllm_engine_kwargs wins.
 
     Raises:
@@ -287,7 +318,9 @@ def engine_arguments(settings: RolloutSettings, policy: Any, *, folder: str, dty
         if name in OURS:
             raise ValueError(f"vllm_engine_kwargs has {name!r}, which gmpo sets itself. Remove it.")
         if name in OPTIONS:
-            raise ValueError(f"vllm_engine_kwargs has {name!r}: use the option {OPTIONS[name]} for it.")
+            raise ValueError(
+                f"vllm_engine_kwargs has {name!r}: use the option {OPTIONS[name]} for it."
+            )
     overrides = dict(extra.pop("hf_overrides", {}))
     if getattr(settings, "cast_lm_head_to_fp32", False):
         overrides.setdefault("head_dtype", "float32")
@@ -300,7 +333,9 @@ def engine_arguments(settings: RolloutSettings, policy: Any, *, folder: str, dty
         "dtype": str(dtype).removeprefix("torch."),
         "weight_transfer_config": {"backend": NAME},
         "logprobs_mode": "raw_logprobs",
-        "distributed_executor_backend": "external_launcher" if distributed.world_size() > 1 else "uni",
+        "distributed_executor_backend": "external_launcher"
+        if distributed.world_size() > 1
+        else "uni",
         "trust_remote_code": getattr(settings, "trust_remote_code", False),
         "seed": getattr(settings, "seed", 0),
         "hf_overrides": overrides,
@@ -332,7 +367,9 @@ def stop(llm: Any, *, keep_group: bool) -> None:
     """End the engine and the groups of ranks that it made; the group of all ranks too, unless it is to be kept."""
     destroy = torch.distributed.destroy_process_group
     if keep_group:
-        torch.distributed.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+        torch.distributed.destroy_process_group = lambda group=None: (
+            None if group is None else destroy(group)
+        )
     try:
         llm.llm_engine.engine_core.shutdown()
     finally:
@@ -351,7 +388,8 @@ def sampling_params(requests: Sequence[Request], sampling: VllmSampling) -> list
         options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
     report = None if sampling.restricted else 0
     return [
-        SamplingParams(**options, n=request.count, seed=engine_seed(request), logprobs=report) for request in requests
+        SamplingParams(**options, n=request.count, seed=engine_seed(request), logprobs=report)
+        for request in requests
     ]
 
 
@@ -360,7 +398,10 @@ def completions(output: Any, *, report: bool) -> list[Completion]:
         completion(
             sample.token_ids,
             sample.finish_reason,
-            [step[token].logprob for step, token in zip(sample.logprobs, sample.token_ids, strict=True)]
+            [
+                step[token].logprob
+                for step, token in zip(sample.logprobs, sample.token_ids, strict=True)
+            ]
             if report
             else None,
         )

@@ -27,7 +27,12 @@ class Fleet:
     def of(cls, settings: RolloutSettings) -> "Fleet":
         """The servers that the settings name."""
         timeout = settings.vllm_server_timeout
-        return cls([Client(Channel(address, token=None, timeout=timeout)) for address in addresses(settings)])
+        return cls(
+            [
+                Client(Channel(address, token=None, timeout=timeout))
+                for address in addresses(settings)
+            ]
+        )
 
     def connect(self, seconds: float) -> None:
         """Wait for all servers and see that they can be used together.
@@ -37,11 +42,17 @@ class Fleet:
         """
         self.each(lambda client: client.channel.wait(seconds))
         for client in self.clients:
-            client.channel.token = find_token(client.address)  # now: a server that was started again has a new one
+            client.channel.token = find_token(
+                client.address
+            )  # now: a server that was started again has a new one
         self.facts = self.each(lambda client: client.facts())
         for client, facts in zip(self.clients, self.facts, strict=True):
             first = self.facts[0]
-            if (facts.backend, facts.dtype, facts.device) != (first.backend, first.dtype, first.device):
+            if (facts.backend, facts.dtype, facts.device) != (
+                first.backend,
+                first.dtype,
+                first.device,
+            ):
                 raise VllmFault(
                     f"The servers differ: {self.clients[0].address} is {first}, {client.address} is {facts}. "
                     "Start all of them alike."
@@ -61,7 +72,9 @@ class Fleet:
         if len(self.clients) == 1:
             return [work(self.clients[0])]
         with ThreadPoolExecutor(max_workers=len(self.clients)) as pool:
-            return [future.result() for future in [pool.submit(work, client) for client in self.clients]]
+            return [
+                future.result() for future in [pool.submit(work, client) for client in self.clients]
+            ]
 
     # -- a Receiver ------------------------------------------------------------------------------------------------
 
@@ -77,7 +90,9 @@ class Fleet:
             next_rank += facts.workers
         wrapped = (lambda info: {"nccl": info}) if self.is_ours else (lambda info: info)
         self.each(
-            lambda client: client.init_weight_transfer_engine(wrapped({**payload, "rank_offset": offsets[client]}))
+            lambda client: client.init_weight_transfer_engine(
+                wrapped({**payload, "rank_offset": offsets[client]})
+            )
         )
 
     def start_weight_update(self) -> None:

@@ -29,7 +29,9 @@ class Guard:
         self.app = app
         token = token or os.environ.get(VARIABLE)
         if not token:
-            raise ValueError(f"The server has no token. Set {VARIABLE}, or start it with gmpo serve.")
+            raise ValueError(
+                f"The server has no token. Set {VARIABLE}, or start it with gmpo serve."
+            )
         self.expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -46,7 +48,9 @@ class Guard:
 
 
 async def refuse(send: Any) -> None:
-    body = json.dumps({"error": {"message": "The bearer token is missing or wrong.", "code": 401}}).encode()
+    body = json.dumps(
+        {"error": {"message": "The bearer token is missing or wrong.", "code": 401}}
+    ).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 401, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -52,7 +52,10 @@ def trainer_engine(
         port: On which NCCL waits for the workers.
     """
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, uid_init_process_group
+    from vllm.distributed.weight_transfer.nccl_common import (
+        NCCLWeightTransferInitInfo,
+        uid_init_process_group,
+    )
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
     engine = NCCLTrainerWeightTransferEngine(client=receiver, source=source, is_sender=True)  # type: ignore[arg-type]

@@ -154,7 +154,9 @@ class ByNccl:
         timeout: Seconds that a publication may take.
     """
 
-    def __init__(self, make_engine: Callable[[Iterable[tuple[str, Tensor]]], Any], *, timeout: float) -> None:
+    def __init__(
+        self, make_engine: Callable[[Iterable[tuple[str, Tensor]]], Any], *, timeout: float
+    ) -> None:
         self.make_engine = make_engine
         self.timeout = timeout
         self.queue: queue.Queue[tuple[str, Tensor] | None] = queue.Queue(maxsize=4)
@@ -212,6 +214,8 @@ class ByNccl:
             yield pair
 
 
-def policy_weights(policy: Callable[[], Any], *, merge: bool, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def policy_weights(
+    policy: Callable[[], Any], *, merge: bool, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of the policy as it is when the iteration begins."""
     yield from named_weights(policy(), merge=merge, dtype=dtype)

@@ -20,11 +20,37 @@ NAMES = {  # transformers' names of what vLLM calls otherwise
     "eos_token_id": "stop_token_ids",
 }
 KNOWN = (
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "allowed_token_ids"),
-    *("bad_words", "structured_outputs", "thinking_token_budget", "repetition_detection", "extra_args"),
+    *(
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ),
+    *(
+        "max_tokens",
+        "min_tokens",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "logit_bias",
+        "allowed_token_ids",
+    ),
+    *(
+        "bad_words",
+        "structured_outputs",
+        "thinking_token_budget",
+        "repetition_detection",
+        "extra_args",
+    ),
 )
-ADDED_TO_LOGITS = ("presence_penalty", "frequency_penalty", "logit_bias")  # before the temperature divides
+ADDED_TO_LOGITS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)  # before the temperature divides
 SEEDS = 2**62  # vLLM adds a sample's number to the seed of its request
 
 
@@ -41,7 +67,9 @@ class VllmSampling:
         """Whether "processed" log-probs would be of another distribution than the temperature-scaled one."""
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         shaped = any(self.options.get(name, value) != value for name, value in plain.items())
-        return shaped or any(name in self.options for name in (*ADDED_TO_LOGITS, "allowed_token_ids", "bad_words"))
+        return shaped or any(
+            name in self.options for name in (*ADDED_TO_LOGITS, "allowed_token_ids", "bad_words")
+        )
 
     @property
     def logits_scale(self) -> float:
@@ -56,7 +84,9 @@ class VllmSampling:
         return {**options, "temperature": 1.0 if self.temperature > 0 else 0.0}
 
 
-def vllm_sampling(sampling: Sampling, *, eos: Sequence[int], regex: str | None = None) -> VllmSampling:
+def vllm_sampling(
+    sampling: Sampling, *, eos: Sequence[int], regex: str | None = None
+) -> VllmSampling:
     """The sampling options for vLLM; `sampling.extra` wins, with transformers' or vLLM's names.
 
     Args:
@@ -86,7 +116,9 @@ def vllm_sampling(sampling: Sampling, *, eos: Sequence[int], regex: str | None =
     if regex is not None:
         options["structured_outputs"] = {"regex": regex}
     temperature = 0.0 if greedy else float(options["temperature"])
-    return VllmSampling({**options, "temperature": temperature}, temperature, "structured_outputs" in options)
+    return VllmSampling(
+        {**options, "temperature": temperature}, temperature, "structured_outputs" in options
+    )
 
 
 def check_extra(extra: dict[str, Any], regex: str | None) -> None:
@@ -108,14 +140,20 @@ def as_list(value: Any) -> list[Any]:
 
 
 def scaled(value: Any, scale: float) -> Any:
-    return {key: bias * scale for key, bias in value.items()} if isinstance(value, dict) else value * scale
+    return (
+        {key: bias * scale for key, bias in value.items()}
+        if isinstance(value, dict)
+        else value * scale
+    )
 
 
 def engine_seed(request: Request) -> int:
     return request.seed % SEEDS
 
 
-def check_room(requests: Sequence[Request], options: dict[str, Any], longest: int, *, remedy: str) -> None:
+def check_room(
+    requests: Sequence[Request], options: dict[str, Any], longest: int, *, remedy: str
+) -> None:
     """Raise a ValueError for the first request whose prompt and longest completion don't fit into the engine.
 
     Args:
@@ -142,4 +180,6 @@ def completion(ids: Sequence[int], finish_reason: Any, logps: Sequence[float] | 
         raise ValueError(f"a completion ended by {finish_reason!r}, not by 'stop' or 'length'")
     if logps is not None and len(logps) != len(ids):
         raise ValueError(f"{len(logps)} log-probs came for {len(ids)} tokens")
-    return Completion(ids=list(ids), finish_reason=finish_reason, logps=None if logps is None else list(logps))
+    return Completion(
+        ids=list(ids), finish_reason=finish_reason, logps=None if logps is None else list(logps)
+    )

@@ -21,8 +21,22 @@ from gmpo.rollout.vllm_client import Client
 from gmpo.rollout.vllm_faults import FirstFailure, VllmFault, raise_together
 from gmpo.rollout.vllm_fleet import Fleet
 from gmpo.rollout.vllm_nccl import WeightSource, own_host, trainer_engine
-from gmpo.rollout.vllm_publisher import ByFile, ByNccl, Carrier, new_run, policy_weights, send, shared_folder
-from gmpo.rollout.vllm_sampling import VllmSampling, check_room, completion, engine_seed, vllm_sampling
+from gmpo.rollout.vllm_publisher import (
+    ByFile,
+    ByNccl,
+    Carrier,
+    new_run,
+    policy_weights,
+    send,
+    shared_folder,
+)
+from gmpo.rollout.vllm_sampling import (
+    VllmSampling,
+    check_room,
+    completion,
+    engine_seed,
+    vllm_sampling,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +79,11 @@ class ServerEngine:
         self.wanted = 0  # version of the weights that the next completions must come from
         self._connect(settings.vllm_server_timeout)
         self.check = partial(
-            ExactnessCheck, policy, tokenizer, autocast=autocast, tolerance=settings.vllm_publication_tolerance
+            ExactnessCheck,
+            policy,
+            tokenizer,
+            autocast=autocast,
+            tolerance=settings.vllm_publication_tolerance,
         )
 
     def _connect(self, seconds: float) -> None:
@@ -74,7 +92,8 @@ class ServerEngine:
         first.run(self.fleet.connect, seconds)
         if self.leads and first.error is None and self.fleet.is_ours:
             first.run(
-                self.fleet.init_weight_transfer_engine, {"model": description(self.policy()), "logits_scale": 1.0}
+                self.fleet.init_weight_transfer_engine,
+                {"model": description(self.policy()), "logits_scale": 1.0},
             )
         raise_together(first.error, "reach the vLLM server")
         self.version: int | None = None  # that the servers have
@@ -104,9 +123,15 @@ class ServerEngine:
                     self._publish(self.wanted)
                 return work()
             except VllmFault as fault:
-                if not fault.lost or not self.settings.vllm_server_reconnect or incident == INCIDENTS:
+                if (
+                    not fault.lost
+                    or not self.settings.vllm_server_reconnect
+                    or incident == INCIDENTS
+                ):
                     raise
-                logger.warning("%s Waiting up to %g seconds.", fault, self.settings.vllm_server_reconnect)
+                logger.warning(
+                    "%s Waiting up to %g seconds.", fault, self.settings.vllm_server_reconnect
+                )
             self.close()
             self._connect(self.settings.vllm_server_reconnect)
             logger.warning("The vLLM server is back.")
@@ -123,7 +148,11 @@ class ServerEngine:
         else:
             self._publish_weights(tag, merge=True)
         if not self.checked:
-            scores = [partial(self._score, client) for client in self.fleet.clients] if self.leads else []
+            scores = (
+                [partial(self._score, client) for client in self.fleet.clients]
+                if self.leads
+                else []
+            )
             self.check(longest=self.fleet.longest - 1).run(scores, self.dtype)
             self.checked = True
         self.version = version
@@ -140,7 +169,10 @@ class ServerEngine:
         """A server that was started again has lost more than its weights: the scale of its logits, the base model."""
         first = FirstFailure()
         if self.leads:
-            first.run(self.fleet.each, lambda client: self._check_version(client, {client.weight_version()}))
+            first.run(
+                self.fleet.each,
+                lambda client: self._check_version(client, {client.weight_version()}),
+            )
         raise_together(first.error, "find the vLLM servers as they were")
 
     def _forget(self) -> None:
@@ -163,7 +195,9 @@ class ServerEngine:
         if not (over_nccl or (self.settings.vllm_weight_transfer == "auto" and on_gpus)):
             return ByFile(self.fleet, self.settings.vllm_weight_folder)
         if not on_gpus:
-            raise VllmFault("Weights travel over NCCL from a GPU to GPUs. Set vllm_weight_transfer='file'.")
+            raise VllmFault(
+                "Weights travel over NCCL from a GPU to GPUs. Set vllm_weight_transfer='file'."
+            )
         weights = policy_weights(self.policy, merge=merge, dtype=self.dtype)
         names = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
         make = partial(
@@ -174,7 +208,10 @@ class ServerEngine:
             host=own_host(self.fleet.clients[0].address),
             port=self.settings.vllm_group_port,
         )
-        return ByNccl(lambda tensors: make(WeightSource(names, tensors)), timeout=self.settings.vllm_server_timeout)
+        return ByNccl(
+            lambda tensors: make(WeightSource(names, tensors)),
+            timeout=self.settings.vllm_server_timeout,
+        )
 
     def _publish_adapter(self, tag: str, version: int) -> None:
         if not self.base_published:
@@ -182,7 +219,9 @@ class ServerEngine:
             self.base_published = True
         folder = None
         if self.leads:
-            folder = tempfile.mkdtemp(prefix="gmpo-adapter-", dir=shared_folder(self.settings.vllm_weight_folder))
+            folder = tempfile.mkdtemp(
+                prefix="gmpo-adapter-", dir=shared_folder(self.settings.vllm_weight_folder)
+            )
         write_adapter(self.policy(), folder)
         first = FirstFailure()
         name = f"{self.run}-{version}"
@@ -208,9 +247,13 @@ class ServerEngine:
 
     def _score(self, client: Client, ids: list[int]) -> list[float]:
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        answer = client.generate({"token_ids": ids, "model": self.adapter, "sampling_params": params})
+        answer = client.generate(
+            {"token_ids": ids, "model": self.adapter, "sampling_params": params}
+        )
         return prompt_logps(
-            answer["prompt_logprobs"], [str(token) for token in ids], lambda report: float(report["logprob"])
+            answer["prompt_logprobs"],
+            [str(token) for token in ids],
+            lambda report: float(report["logprob"]),
         )
 
     # -- completions -----------------------------------------------------------------------------------------------
@@ -222,7 +265,9 @@ class ServerEngine:
             VllmFault: On every rank, if a server failed, or answered from other weights than were published.
             ValueError: Of this rank's requests, on every rank.
         """
-        options = vllm_sampling(sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex)
+        options = vllm_sampling(
+            sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex
+        )
         done: list[list[Completion] | None] = [None] * len(requests)
 
         def work() -> None:
@@ -242,7 +287,12 @@ class ServerEngine:
 
     def _fill(self, done: list[Any], requests: Sequence[Request], options: VllmSampling) -> None:
         """Put the completions of the requests that have none yet into `done`."""
-        check_room(requests, options.options, self.fleet.longest, remedy="Serve with a larger --max-model-len")
+        check_room(
+            requests,
+            options.options,
+            self.fleet.longest,
+            remedy="Serve with a larger --max-model-len",
+        )
         params, report = self._params(options)
         open_requests = [number for number in range(len(requests)) if done[number] is None]
         if not open_requests:
@@ -253,11 +303,15 @@ class ServerEngine:
             futures = {}
             for number in open_requests:
                 client = servers[(number + distributed.rank()) % len(servers)]
-                futures[number] = pool.submit(self._complete, client, requests[number], params, report)
+                futures[number] = pool.submit(
+                    self._complete, client, requests[number], params, report
+                )
             for number, future in futures.items():
                 done[number] = future.result()
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)  # first, or others would begin in the place of those cut
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # first, or others would begin in the place of those cut
             for client in servers:
                 client.channel.hang_up()
             raise
@@ -272,9 +326,15 @@ class ServerEngine:
         fits = options.temperature in (0.0, 1.0) if raw else not options.truncated
         return options.options, fits and not options.restricted
 
-    def _complete(self, client: Client, request: Request, params: dict[str, Any], report: bool) -> list[Completion]:
+    def _complete(
+        self, client: Client, request: Request, params: dict[str, Any], report: bool
+    ) -> list[Completion]:
         own = {"n": request.count, "seed": engine_seed(request), "logprobs": 0 if report else None}
-        body = {"token_ids": request.prompt.ids, "model": self.adapter, "sampling_params": {**params, **own}}
+        body = {
+            "token_ids": request.prompt.ids,
+            "model": self.adapter,
+            "sampling_params": {**params, **own},
+        }
         answer = client.generate(body)
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -282,10 +342,14 @@ class ServerEngine:
                 raise ValueError(f"{len(choices)} completions came for {request.count}")
             completions = [as_completion(choice, report=report) for choice in choices]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise VllmFault(f"{client.address} was asked for completions, and its answer is none: {error!r}.") from None
+            raise VllmFault(
+                f"{client.address} was asked for completions, and its answer is none: {error!r}."
+            ) from None
         for choice in choices:
             if choice["token_ids"]:
-                self._check_version(client, {span["version"] for span in choice.get("weight_versions") or []})
+                self._check_version(
+                    client, {span["version"] for span in choice.get("weight_versions") or []}
+                )
         return completions
 
     def _check_version(self, client: Client, seen: set[str]) -> None:

@@ -10,7 +10,9 @@ from tests.tiny import tiny_model
 
 
 def written(folder, name, text, label=""):
-    return compare.report(name, f"About {name}.", text, argparse.Namespace(results=str(folder), label=label))
+    return compare.report(
+        name, f"About {name}.", text, argparse.Namespace(results=str(folder), label=label)
+    )
 
 
 def test_a_section_replaces_the_older_one_of_its_name_and_leaves_the_others(tmp_path, monkeypatch):
@@ -28,7 +30,10 @@ def test_a_section_replaces_the_older_one_of_its_name_and_leaves_the_others(tmp_
     assert list(sections) == ["loss", "step", "step, long"]
     assert [section.split("\n")[-2] for section in sections.values()] == ["four", "two", "three"]
     assert "python -m benchmarks.loss --rounds 2`" in sections["loss"]
-    assert file.read_text().startswith("# Measurements of ") and file.read_text().count("# Measurements") == 1
+    assert (
+        file.read_text().startswith("# Measurements of ")
+        and file.read_text().count("# Measurements") == 1
+    )
 
 
 def test_a_round_that_others_disturb_is_repeated_but_not_for_ever(monkeypatch):
@@ -45,7 +50,12 @@ def test_a_round_that_others_disturb_is_repeated_but_not_for_ever(monkeypatch):
 def test_ratios_and_medians_are_those_of_the_sides():
     replies = {"gmpo": [{"seconds": s, "peak_bytes": 1e9} for s in (1.0, 3.0, 2.0)]}
     assert compare.seconds(replies, "gmpo") == "2 (1-3)"
-    assert compare.ratio(replies) == compare.seconds(replies, "peer") == compare.peak_share(replies) == "-"
+    assert (
+        compare.ratio(replies)
+        == compare.seconds(replies, "peer")
+        == compare.peak_share(replies)
+        == "-"
+    )
     replies["peer"] = [{"seconds": 5.0, "peak_bytes": 4e9}]
     assert compare.ratio(replies) == "2.50"
     assert compare.peak_share(replies) == "0.25"

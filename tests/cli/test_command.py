@@ -63,7 +63,9 @@ def test_what_the_user_can_fix_is_one_message_and_status_2(command, capsys, erro
 
 
 def test_notes_on_an_error_are_shown(command, capsys):
-    command("def run(arguments):\n  error = ValueError('no')\n  error.add_note('It is over there.')\n  raise error")
+    command(
+        "def run(arguments):\n  error = ValueError('no')\n  error.add_note('It is over there.')\n  raise error"
+    )
     cli.main(["made_up"])
     assert "It is over there." in capsys.readouterr().err
 
@@ -102,7 +104,10 @@ def test_an_error_of_gmpo_itself_while_training_is_told_by_its_message(command):
 
 def test_what_becomes_of_a_server_is_told_by_its_message(command, capsys):
     fault = "from gmpo.rollout.vllm_faults import VllmFault as Fault"
-    command(f"{fault}\ndef train(): raise Fault('no server')\ndef run(arguments): train()", file="trainer.py")
+    command(
+        f"{fault}\ndef train(): raise Fault('no server')\ndef run(arguments): train()",
+        file="trainer.py",
+    )
     assert cli.main(["made_up"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -113,7 +118,16 @@ def test_env_prints_a_version_for_each_package_and_the_device(capsys):
     import torch
 
     assert lines["torch"] == torch.__version__
-    assert {"python", "gmpo", "transformers", "accelerate", "datasets", "peft", "vllm", "device"} <= lines.keys()
+    assert {
+        "python",
+        "gmpo",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "peft",
+        "vllm",
+        "device",
+    } <= lines.keys()
 
 
 def test_env_refuses_arguments(capsys):

@@ -44,14 +44,16 @@ def test_a_file_has_whatever_split_is_asked_for_and_can_be_sliced(file):
 
 
 def test_text_becomes_a_users_message_behind_the_system_prompt(file):
-    rows = load_rows(file("rows.jsonl"), prompt_column="question", as_messages=True, system_prompt="Be brief.")
+    rows = load_rows(
+        file("rows.jsonl"), prompt_column="question", as_messages=True, system_prompt="Be brief."
+    )
     assert rows[0]["prompt"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "0 + 1?"},
     ]
-    assert load_rows(file("rows.jsonl"), prompt_column="question", as_messages=True)[0]["prompt"] == [
-        {"role": "user", "content": "0 + 1?"}
-    ]
+    assert load_rows(file("rows.jsonl"), prompt_column="question", as_messages=True)[0][
+        "prompt"
+    ] == [{"role": "user", "content": "0 + 1?"}]
 
 
 def test_text_that_stays_text_has_the_system_prompt_before_it(file):
@@ -74,7 +76,9 @@ def test_the_prompt_column_takes_the_place_of_one_called_prompt(file):
 
 
 def test_a_missing_column_is_refused_with_the_likely_one(file):
-    with pytest.raises(ValueError, match=r"no column 'prompt', but question, answer.*--prompt_column question"):
+    with pytest.raises(
+        ValueError, match=r"no column 'prompt', but question, answer.*--prompt_column question"
+    ):
         load_rows(file("rows.jsonl"))
 
 
@@ -92,13 +96,17 @@ def test_a_name_that_is_nowhere_is_told_from_a_file_and_a_task(monkeypatch):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=r"no dataset 'org/rows'.*no route.*\.jsonl.*reasoning_gym:NAME"):
+    with pytest.raises(
+        ValueError, match=r"no dataset 'org/rows'.*no route.*\.jsonl.*reasoning_gym:NAME"
+    ):
         load_rows("org/rows")
 
 
 def test_a_task_gives_rows_with_what_its_verifier_needs():
     pytest.importorskip("reasoning_gym")
-    rows = load_rows("reasoning_gym:chain_sum", kwargs={"size": 3, "max_terms": 2}, as_messages=True)
+    rows = load_rows(
+        "reasoning_gym:chain_sum", kwargs={"size": 3, "max_terms": 2}, as_messages=True
+    )
     assert rows.column_names == ["prompt", "answer", "task", "task_settings", "task_index"]
     assert rows[0]["prompt"][0]["role"] == "user"
 

@@ -20,7 +20,9 @@ def config_file(tmp_path):
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(config_file):
-    path = config_file("model: org/tiny\ndataset: rows.jsonl\nnum_generations: 4\ntemperature: 0.7\n")
+    path = config_file(
+        "model: org/tiny\ndataset: rows.jsonl\nnum_generations: 4\ntemperature: 0.7\n"
+    )
     script, config = parse(["--config", path, "--num_generations", "2", "--model", "org/other"])
     assert (script.model, script.dataset) == ("org/other", "rows.jsonl")
     assert (config.num_generations, config.temperature, config.top_p) == (2, 0.7, 1.0)
@@ -42,7 +44,13 @@ BOOLEANS = sorted(
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_every_boolean_takes_a_value_or_is_true_alone(name):
     flag = f"--{name}"
-    for arguments, value in (([], True), (["true"], True), (["yes"], True), (["false"], False), (["0"], False)):
+    for arguments, value in (
+        ([], True),
+        (["true"], True),
+        (["yes"], True),
+        (["false"], False),
+        (["0"], False),
+    ):
         assert parse_flags([flag, *arguments], GMPOConfig) == {name: value}
     assert parse_flags([flag, "--seed", "3"], GMPOConfig) == {name: True, "seed": 3}
     with pytest.raises(ValueError, match=f"--{name}.*invalid boolean value: 'maybe'"):
@@ -58,14 +66,18 @@ def test_every_boolean_takes_a_value_or_is_true_alone(name):
         ("include_num_input_tokens_seen", "true", "all"),
     ],
 )
-def test_an_option_of_booleans_and_words_takes_both_as_a_flag_and_in_the_file(config_file, name, text, value):
+def test_an_option_of_booleans_and_words_takes_both_as_a_flag_and_in_the_file(
+    config_file, name, text, value
+):
     of_flag, of_file = ["--" + name, text], ["--config", config_file(f"{name}: '{text}'")]
     for arguments in (of_flag, of_file):
         assert getattr(parse([*BASICS, "--use_cpu", *arguments])[1], name) == value
 
 
 def test_a_word_for_a_boolean_in_the_file_is_refused(config_file):
-    with pytest.raises(ValueError, match=r"bf16='maybe' in .*run.yaml is no boolean: use true or false"):
+    with pytest.raises(
+        ValueError, match=r"bf16='maybe' in .*run.yaml is no boolean: use true or false"
+    ):
         parse([*BASICS, "--config", config_file("bf16: maybe")])
 
 
@@ -87,16 +99,22 @@ def test_the_output_folder_is_named_after_the_model_and_the_algorithm():
 def test_rewards_are_one_or_a_list_and_add_up_over_flags(config_file):
     assert parse([*BASICS, "--reward", "a", "--reward", "b", "c"])[0].reward == ["a", "b", "c"]
     assert parse([*BASICS, "--config", config_file("reward: a")])[0].reward == ["a"]
-    assert parse([*BASICS, "--config", config_file("reward: [a, b]"), "--reward", "c"])[0].reward == ["c"]
+    assert parse([*BASICS, "--config", config_file("reward: [a, b]"), "--reward", "c"])[
+        0
+    ].reward == ["c"]
 
 
 def test_mappings_are_yaml_in_the_file_and_json_or_yaml_in_flags(config_file):
-    path = config_file("dataset_kwargs: {size: 5}\ngeneration_kwargs:\n  stop_strings: [x]\npeft: {r: 8}\n")
+    path = config_file(
+        "dataset_kwargs: {size: 5}\ngeneration_kwargs:\n  stop_strings: [x]\npeft: {r: 8}\n"
+    )
     script, config = parse([*BASICS, "--config", path, "--peft", "{r: 16}"])
     assert script.dataset_kwargs == {"size": 5}
     assert config.generation_kwargs == {"stop_strings": ["x"]}
     assert script.peft == {"r": 16}
-    assert parse([*BASICS, "--generation_kwargs", '{"seed": 1}'])[1].generation_kwargs == {"seed": 1}
+    assert parse([*BASICS, "--generation_kwargs", '{"seed": 1}'])[1].generation_kwargs == {
+        "seed": 1
+    }
 
 
 @pytest.mark.parametrize(
@@ -123,7 +141,9 @@ def test_scalars_of_the_file_are_what_they_look_like(config_file, text, value):
 
 
 def test_no_as_a_strategy_and_false_as_a_switch_both_act(config_file):
-    path = config_file("save_strategy: no\nshuffle_dataset: false\nscale_rewards: false\nlearning_rate: 1e-5\n")
+    path = config_file(
+        "save_strategy: no\nshuffle_dataset: false\nscale_rewards: false\nlearning_rate: 1e-5\n"
+    )
     _, config = parse([*BASICS, "--config", path])
     assert config.save_strategy == "no"
     assert config.shuffle_dataset is False
@@ -147,10 +167,14 @@ def test_text_for_a_number_in_the_file_is_read_as_a_flags_would_be(config_file):
         ("reward_funcs", "reward"),
     ],
 )
-def test_an_unknown_option_is_refused_with_the_closest_one_in_flags_and_in_the_file(config_file, name, closest):
+def test_an_unknown_option_is_refused_with_the_closest_one_in_flags_and_in_the_file(
+    config_file, name, closest
+):
     with pytest.raises(ValueError, match=rf"no option --{name}. Did you mean --{closest}\?"):
         parse([*BASICS, f"--{name}", "1"])
-    with pytest.raises(ValueError, match=rf"no option {name} \(in .*run.yaml\). Did you mean {closest}\?"):
+    with pytest.raises(
+        ValueError, match=rf"no option {name} \(in .*run.yaml\). Did you mean {closest}\?"
+    ):
         parse([*BASICS, "--config", config_file(f"{name}: 1")])
 
 

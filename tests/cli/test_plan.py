@@ -17,7 +17,9 @@ def config(tmp_path):
 
 
 def test_the_plan_is_yaml_that_asks_for_the_same_run(config):
-    script = ScriptOptions(model="m", dataset="reasoning_gym:chain_sum", dataset_kwargs={"size": 8}, dry_run=True)
+    script = ScriptOptions(
+        model="m", dataset="reasoning_gym:chain_sum", dataset_kwargs={"size": 8}, dry_run=True
+    )
     options = yaml.safe_load(plan(script, config(temperature=0.7, num_generations=4), 8))
     assert options["dataset_kwargs"] == {"size": 8}
     assert (options["temperature"], options["num_generations"], options["top_p"]) == (0.7, 4, 1.0)
@@ -36,9 +38,18 @@ def test_what_differs_from_the_defaults_comes_first(config):
 def test_only_options_of_the_objective_are_printed(config, tmp_path):
     script = ScriptOptions(model="m", dataset="d")
     gmpo = yaml.safe_load(plan(script, config(loss_type="gmpo", mean_power=-1.0), 8)).keys()
-    assert {"epsilon", "delta", "mean_power", "mean_power_final", "importance_sampling_level", "beta"} <= gmpo
+    assert {
+        "epsilon",
+        "delta",
+        "mean_power",
+        "mean_power_final",
+        "importance_sampling_level",
+        "beta",
+    } <= gmpo
     assert not gmpo & {"loss_type", "sapo_temperature_neg", "vespo_k_pos"}
-    sapo = yaml.safe_load(plan(script, GRPOConfig(str(tmp_path), loss_type="sapo", use_cpu=True), 8)).keys()
+    sapo = yaml.safe_load(
+        plan(script, GRPOConfig(str(tmp_path), loss_type="sapo", use_cpu=True), 8)
+    ).keys()
     assert {"loss_type", "sapo_temperature_neg", "beta"} <= sapo
     assert not sapo & {"epsilon", "delta", "mean_power", "mean_power_final", "vespo_k_pos"}
 
@@ -54,7 +65,10 @@ def test_only_options_of_the_objective_are_printed(config, tmp_path):
 )
 def test_of_the_sizes_those_that_were_given_are_printed(config, options, printed):
     shown = yaml.safe_load(plan(ScriptOptions(model="m", dataset="d"), config(**options), 8))
-    assert {name: shown[name] for name in shown.keys() & {"steps_per_generation", "generation_batch_size"}} == printed
+    assert {
+        name: shown[name]
+        for name in shown.keys() & {"steps_per_generation", "generation_batch_size"}
+    } == printed
 
 
 def test_a_secret_is_not_printed(config):
@@ -93,7 +107,11 @@ def test_a_window_that_clips_nothing_is_pointed_out(config):
         ({"max_steps": 7}, None, 7),
         ({}, None, None),
         ({"num_train_epochs": 1.5}, 10, 15),
-        ({"gradient_accumulation_steps": 4, "steps_per_generation": 1, "num_train_epochs": 1}, 10, math.ceil(10 / 4)),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 1, "num_train_epochs": 1},
+            10,
+            math.ceil(10 / 4),
+        ),
     ],
 )
 def test_total_steps_are_those_of_the_trainer(config, options, num_prompts, steps):

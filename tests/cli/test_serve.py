@@ -15,13 +15,21 @@ def started(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.setattr(serve.os, "execve", lambda program, command, environment: calls.append((command, environment)))
+    monkeypatch.setattr(
+        serve.os,
+        "execve",
+        lambda program, command, environment: calls.append((command, environment)),
+    )
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: name)
     return calls
 
 
 def options_of(command):
-    return {name: value for name, value in zip(command, [*command[1:], ""], strict=True) if name.startswith("--")}
+    return {
+        name: value
+        for name, value in zip(command, [*command[1:], ""], strict=True)
+        if name.startswith("--")
+    }
 
 
 def test_it_listens_on_this_machine_alone_and_asks_for_a_token(started, capsys):

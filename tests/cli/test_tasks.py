@@ -12,7 +12,10 @@ SUMS = {"size": 4, "seed": 7, "min_terms": 2, "max_terms": 2, "max_digits": 2}
 def scores(completions, *, task="chain_sum", settings=SUMS, row=0):
     """The reward of each of `completions` to the same row."""
     entry = task_rows(task, settings)[row]
-    columns = {name: [entry[name]] * len(completions) for name in ("answer", "task", "task_settings", "task_index")}
+    columns = {
+        name: [entry[name]] * len(completions)
+        for name in ("answer", "task", "task_settings", "task_index")
+    }
     return reasoning_gym(completions, **columns)
 
 
@@ -21,7 +24,9 @@ def test_rows_are_the_entries_that_the_package_draws():
 
     entries = gym.create_dataset("chain_sum", **SUMS)
     rows = task_rows("chain_sum", SUMS)
-    assert [(row["prompt"], row["answer"]) for row in rows] == [(e["question"], e["answer"]) for e in entries]
+    assert [(row["prompt"], row["answer"]) for row in rows] == [
+        (e["question"], e["answer"]) for e in entries
+    ]
     assert [row["task_index"] for row in rows] == [0, 1, 2, 3]
     assert {row["task"] for row in rows} == {"chain_sum"}
 
@@ -44,7 +49,9 @@ def test_evaluation_draws_entries_that_training_does_not():
     assert evaluation["size"] == 5
     assert entries(training).isdisjoint(entries(evaluation))
     shifted = task_rows("chain_sum", {**SUMS, "seed": 8})
-    assert [row["prompt"] for row in task_rows("chain_sum", SUMS)[1:]] == [row["prompt"] for row in shifted[:-1]]
+    assert [row["prompt"] for row in task_rows("chain_sum", SUMS)[1:]] == [
+        row["prompt"] for row in shifted[:-1]
+    ]
 
 
 def test_settings_for_evaluation_win_over_those_of_training():
@@ -54,13 +61,17 @@ def test_settings_for_evaluation_win_over_those_of_training():
     assert evaluation_settings(None, None) == {"seed": 500}  # the package's own size is 500
 
 
-@pytest.mark.parametrize("answer", ["{0}", "The answer is {0}.", "12 + 3 = {0}\n", "so <answer> {0} </answer> or 5"])
+@pytest.mark.parametrize(
+    "answer", ["{0}", "The answer is {0}.", "12 + 3 = {0}\n", "so <answer> {0} </answer> or 5"]
+)
 def test_the_right_number_scores_1_wherever_it_is_stated(answer):
     gold = task_rows("chain_sum", SUMS)[0]["answer"]
     assert scores([answer.format(gold)]) == [1.0]
 
 
-@pytest.mark.parametrize("answer", ["1{0}", "{0}5", "{0} is wrong, it is 1", "no number", "", "<think>{0}"])
+@pytest.mark.parametrize(
+    "answer", ["1{0}", "{0}5", "{0} is wrong, it is 1", "no number", "", "<think>{0}"]
+)
 def test_anything_but_the_right_number_at_the_end_scores_0(answer):
     gold = task_rows("chain_sum", SUMS)[0]["answer"]
     assert scores([answer.format(gold)]) == [0.0]
@@ -68,7 +79,10 @@ def test_anything_but_the_right_number_at_the_end_scores_0(answer):
 
 def test_messages_are_scored_by_the_last_thing_that_the_assistant_says():
     gold = task_rows("chain_sum", SUMS)[0]["answer"]
-    conversation = [{"role": "assistant", "content": "Let me see."}, {"role": "assistant", "content": f"It is {gold}"}]
+    conversation = [
+        {"role": "assistant", "content": "Let me see."},
+        {"role": "assistant", "content": f"It is {gold}"},
+    ]
     assert scores([conversation, conversation[:1]]) == [1.0, 0.0]
 
 
@@ -102,7 +116,9 @@ def test_a_verifier_that_raises_gives_0():
     settings = {"seed": 1, "size": 1}
     gold = task_rows("prime_factorization", settings)[0]["answer"]
     with pytest.raises(ValueError, match="invalid literal"):
-        tasks.entries_of("prime_factorization", '{"seed": 1, "size": 1}').score_answer("ten", {"answer": gold})
+        tasks.entries_of("prime_factorization", '{"seed": 1, "size": 1}').score_answer(
+            "ten", {"answer": gold}
+        )
     assert scores(["ten", gold], task="prime_factorization", settings=settings) == [0.0, 1.0]
 
 

@@ -61,7 +61,9 @@ def trainer(monkeypatch):
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(4)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(4))
+    )
     return str(path)
 
 
@@ -71,7 +73,16 @@ def command(tmp_path, rows):
 
     def run(*flags):
         (tmp_path / "out").mkdir(exist_ok=True)
-        basics = ["--model", "tiny", "--dataset", rows, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+        basics = [
+            "--model",
+            "tiny",
+            "--dataset",
+            rows,
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--use_cpu",
+            "true",
+        ]
         return main(["train", *basics, *flags])
 
     return run
@@ -98,7 +109,9 @@ def test_the_algorithm_picks_trainer_and_config(trainer, command):
 def test_prompts_become_messages_where_the_tokenizer_has_a_chat_template(trainer, command):
     trainer.tokenizer.chat_template = "{{ messages }}"
     command("--reward", "number_match")
-    assert gmpo.GMPOTrainer.made.arguments["train_dataset"][0]["prompt"] == [{"role": "user", "content": "0 + 1?"}]
+    assert gmpo.GMPOTrainer.made.arguments["train_dataset"][0]["prompt"] == [
+        {"role": "user", "content": "0 + 1?"}
+    ]
     command("--reward", "number_match", "--prompt_format", "text")
     assert gmpo.GMPOTrainer.made.arguments["train_dataset"][0]["prompt"] == "0 + 1?"
 
@@ -109,7 +122,9 @@ def test_our_lines_take_the_place_of_the_trainers_bar_and_printer(trainer, comma
     assert [type(callback) for callback in callbacks] == [ProgressLines]
 
 
-def test_after_training_the_model_is_saved_and_the_user_told_where(trainer, command, tmp_path, capsys):
+def test_after_training_the_model_is_saved_and_the_user_told_where(
+    trainer, command, tmp_path, capsys
+):
     pytest.importorskip("matplotlib")
     command("--reward", "number_match")
     out = tmp_path / "out"
@@ -172,16 +187,37 @@ def test_an_unknown_option_of_peft_is_refused(trainer, command, capsys):
 
 def test_a_task_is_scored_by_its_own_verifier_unless_told_otherwise(trainer, tmp_path):
     pytest.importorskip("reasoning_gym")
-    basics = ["train", "--model", "tiny", "--dataset", "reasoning_gym:chain_sum", "--dataset_kwargs", "{size: 4}"]
+    basics = [
+        "train",
+        "--model",
+        "tiny",
+        "--dataset",
+        "reasoning_gym:chain_sum",
+        "--dataset_kwargs",
+        "{size: 4}",
+    ]
     basics += ["--output_dir", str(tmp_path), "--use_cpu", "true"]
     main(basics)
     assert gmpo.GMPOTrainer.made.arguments["reward_funcs"] == [reasoning_gym]
-    main([*basics, "--reward", "reasoning_gym", "--reward", "bare_number", "--reward_weights", "1", "0.2"])
+    main(
+        [
+            *basics,
+            "--reward",
+            "reasoning_gym",
+            "--reward",
+            "bare_number",
+            "--reward_weights",
+            "1",
+            "0.2",
+        ]
+    )
     assert gmpo.GMPOTrainer.made.arguments["reward_funcs"] == [reasoning_gym, bare_number]
     assert gmpo.GMPOTrainer.made.arguments["args"].reward_weights == [1.0, 0.2]
 
 
-def test_a_tasks_evaluation_draws_other_entries_and_shared_prompts_are_counted(trainer, tmp_path, capsys):
+def test_a_tasks_evaluation_draws_other_entries_and_shared_prompts_are_counted(
+    trainer, tmp_path, capsys
+):
     pytest.importorskip("reasoning_gym")
     path = tmp_path / "run.yaml"
     path.write_text(f"""
@@ -196,7 +232,10 @@ use_cpu: true
 """)
     main(["train", "--config", str(path)])
     arguments = gmpo.GMPOTrainer.made.arguments
-    training, evaluation = set(arguments["train_dataset"]["prompt"]), arguments["eval_dataset"]["prompt"]
+    training, evaluation = (
+        set(arguments["train_dataset"]["prompt"]),
+        arguments["eval_dataset"]["prompt"],
+    )
     assert json.loads(arguments["eval_dataset"][0]["task_settings"])["seed"] == 150
     assert len(evaluation) == 50
     shared = sum(prompt in training for prompt in evaluation)
@@ -217,7 +256,9 @@ def test_without_a_reward_there_is_nothing_to_train_for(trainer, command, capsys
 
 
 def test_a_reward_is_a_name_a_function_in_a_file_or_a_model(trainer, command, tmp_path):
-    (tmp_path / "mine.py").write_text("def short(completions):\n    return [float(len(c) < 9) for c in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "def short(completions):\n    return [float(len(c) < 9) for c in completions]\n"
+    )
     command("--reward", "bare_number", f"{tmp_path}/mine.py:short", "org/reward-model")
     named, own, model = gmpo.GMPOTrainer.made.arguments["reward_funcs"]
     assert named is bare_number
@@ -236,7 +277,9 @@ def test_a_users_file_that_fails_keeps_its_traceback(trainer, command, tmp_path)
         command("--reward", f"{tmp_path}/mine.py:short")
 
 
-def test_a_dry_run_prints_the_arithmetic_and_makes_nothing(trainer, command, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_prints_the_arithmetic_and_makes_nothing(
+    trainer, command, tmp_path, capsys, monkeypatch
+):
     def loads(*arguments, **options):
         raise AssertionError("a dry run loads neither tokenizer nor weights")
 
@@ -261,9 +304,14 @@ def test_help_explains_our_options_and_lists_the_inherited_ones(capsys):
 def test_train_can_be_started_as_a_module_by_a_launcher():
     import subprocess
 
-    done = subprocess.run([sys.executable, "-m", "gmpo.cli", "train", "--datset", "x"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "gmpo.cli", "train", "--datset", "x"], capture_output=True, text=True
+    )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == "gmpo train: There is no option --datset. Did you mean --dataset?"
+    assert (
+        done.stderr.splitlines()[0]
+        == "gmpo train: There is no option --datset. Did you mean --dataset?"
+    )
 
 
 def test_a_dry_run_prints_a_config_file(tmp_path, capsys):
@@ -282,7 +330,19 @@ def test_a_dry_run_prints_a_config_file(tmp_path, capsys):
         "--use_cpu",
         "true",
     ]
-    assert main([*arguments, "--steps_per_generation", "2", "--output_dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert (
+        main(
+            [
+                *arguments,
+                "--steps_per_generation",
+                "2",
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     first = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(first)
     assert main(["train", "--config", str(tmp_path / "again.yaml"), "--dry-run"]) == 0
@@ -306,7 +366,18 @@ def test_a_dry_run_looks_at_model_and_rewards_too(tmp_path, capsys):
 def test_an_empty_file_is_called_empty(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("")
     assert (
-        main(["train", "--model", "m", "--dataset", str(tmp_path / "rows.jsonl"), "--reward", "accuracy", "--dry-run"])
+        main(
+            [
+                "train",
+                "--model",
+                "m",
+                "--dataset",
+                str(tmp_path / "rows.jsonl"),
+                "--reward",
+                "accuracy",
+                "--dry-run",
+            ]
+        )
         == 2
     )
     assert "rows.jsonl is empty" in capsys.readouterr().err

@@ -16,7 +16,10 @@ def test_every_pass_visits_each_row_once():
 
 def test_groups_stay_together_and_passes_differ():
     first, second = (
-        [GROUP[part].tolist() for part in split_into_micro_batches(GROUP, rows=3, passes=2, seed=5)[half]]
+        [
+            GROUP[part].tolist()
+            for part in split_into_micro_batches(GROUP, rows=3, passes=2, seed=5)[half]
+        ]
         for half in (slice(0, 4), slice(4, 8))
     )
     assert all(len(set(part)) == 1 for part in first + second)
@@ -24,7 +27,10 @@ def test_groups_stay_together_and_passes_differ():
 
 
 def test_the_seed_names_the_order():
-    same = [torch.cat(split_into_micro_batches(GROUP, rows=3, passes=1, seed=s)).tolist() for s in (2, 2, 3)]
+    same = [
+        torch.cat(split_into_micro_batches(GROUP, rows=3, passes=1, seed=s)).tolist()
+        for s in (2, 2, 3)
+    ]
     assert same[0] == same[1] != same[2]
 
 

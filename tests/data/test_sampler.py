@@ -25,7 +25,9 @@ def prompts(batch):
 def loader(size, plan, *, ranks=1, epoch=0, shuffle=False, workers=0):
     sampler = CollectionSampler(size, plan, ranks=ranks, seed=7, shuffle=shuffle)
     sampler.set_epoch(epoch)
-    return DataLoader(KeyedRows(rows_of(size)), batch_sampler=sampler, collate_fn=as_rows, num_workers=workers)
+    return DataLoader(
+        KeyedRows(rows_of(size)), batch_sampler=sampler, collate_fn=as_rows, num_workers=workers
+    )
 
 
 def test_each_prompt_stands_group_size_times_and_a_collection_is_served_once_per_micro_step():
@@ -73,7 +75,9 @@ def test_workers_change_neither_order_nor_position():
 
 def test_too_few_prompts_for_one_collection_is_an_error_that_names_a_size_that_works():
     with pytest.raises(ValueError, match=r"3 prompt\(s\).*needs 4.*at most 6"):
-        CollectionSampler(3, CollectionPlan(group_size=2, rows=8, micro_steps=1), ranks=1, seed=0, shuffle=False)
+        CollectionSampler(
+            3, CollectionPlan(group_size=2, rows=8, micro_steps=1), ranks=1, seed=0, shuffle=False
+        )
 
 
 class Stream(IterableDataset):
@@ -83,14 +87,18 @@ class Stream(IterableDataset):
 
 def test_a_stream_gives_what_a_map_style_dataset_gives():
     plan = CollectionPlan(group_size=2, rows=4, micro_steps=2)
-    streamed = DataLoader(StreamedRows(Stream(), plan, ranks=1), batch_size=4, drop_last=True, collate_fn=as_rows)
+    streamed = DataLoader(
+        StreamedRows(Stream(), plan, ranks=1), batch_size=4, drop_last=True, collate_fn=as_rows
+    )
     assert [(b.position, b.first, prompts(b)) for b in streamed] == [
         (b.position, b.first, prompts(b)) for b in loader(5, plan)
     ]
 
 
 def test_evaluation_sees_every_prompt_once_and_gives_late_ranks_an_empty_batch():
-    plan = CollectionPlan(group_size=2, rows=4, micro_steps=1)  # 2 prompts per global batch, 2 rows per rank
+    plan = CollectionPlan(
+        group_size=2, rows=4, micro_steps=1
+    )  # 2 prompts per global batch, 2 rows per rank
     batches = [list(EvalSampler(3, plan, rank=rank, ranks=2)) for rank in (0, 1)]
     rows = [[[key[2] for key in batch] for batch in of_rank] for of_rank in batches]
     assert rows == [[[0, 0], [2, 2]], [[1, 1], []]]

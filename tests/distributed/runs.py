@@ -28,7 +28,10 @@ ZERO_3 = {
 }
 KINDS = {  # how two ranks hold the weights -> what asks for it
     "copies": {},
-    "fsdp2": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
+    "fsdp2": {
+        "fsdp": True,
+        "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    },
     "zero3": {"deepspeed": ZERO_3},
 }
 
@@ -36,7 +39,10 @@ KINDS = {  # how two ranks hold the weights -> what asks for it
 def marked(kinds):
     """Kinds of ranks as parameters of tests, which are skipped where what they need is missing."""
     missing = importlib.util.find_spec("deepspeed") is None
-    marks = [pytest.mark.deepspeed, pytest.mark.skipif(missing, reason="needs DeepSpeed: make test-vllm")]
+    marks = [
+        pytest.mark.deepspeed,
+        pytest.mark.skipif(missing, reason="needs DeepSpeed: make test-vllm"),
+    ]
     return [pytest.param(kind, marks=marks if kind == "zero3" else ()) for kind in kinds]
 
 
@@ -46,7 +52,9 @@ def score(completions, **columns):
 
 
 def trainer(output_dir, rows, *, dtype=torch.float64, model=None, peft_config=None, **options):
-    cls, config_class = (GRPOTrainer, GRPOConfig) if "loss_type" in options else (GMPOTrainer, GMPOConfig)
+    cls, config_class = (
+        (GRPOTrainer, GRPOConfig) if "loss_type" in options else (GMPOTrainer, GMPOConfig)
+    )
     config = config_class(
         output_dir,
         per_device_train_batch_size=rows,
@@ -84,7 +92,10 @@ def trainer(output_dir, rows, *, dtype=torch.float64, model=None, peft_config=No
 def result_of(run):
     """What a run has made: its weights, and the log lines of its steps."""
     weights = {name: tensor.clone() for name, tensor in named_weights(run.unwrapped_policy())}
-    return {"weights": weights, "logs": [entry for entry in run.state.log_history if "loss" in entry]}
+    return {
+        "weights": weights,
+        "logs": [entry for entry in run.state.log_history if "loss" in entry],
+    }
 
 
 def with_two_ranks(kind, program, folder):
@@ -95,7 +106,11 @@ def with_two_ranks(kind, program, folder):
 
 def as_rank(rank, kind, port, program, folder):
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
@@ -119,7 +134,9 @@ def shard_on_cpus():
             self.fsdp_plugin = fsdp_plugin
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type = PartialState._shared_state["distributed_type"] = (
+                DistributedType.FSDP
+            )
 
     AcceleratorState.__init__ = sharded
 
@@ -137,5 +154,12 @@ def assert_same_training(theirs, ours, *, start, rtol=1e-7, atol=1e-8):
         torch.testing.assert_close(theirs["weights"][name], value, rtol=rtol, atol=atol)
     assert {"loss", "reward", "num_tokens"} <= ours["logs"][0].keys()
     for their_entry, entry in zip(theirs["logs"], ours["logs"], strict=True):
-        for name in ("loss", "reward", "reward_std", "entropy", "completions/mean_length", "num_tokens"):
+        for name in (
+            "loss",
+            "reward",
+            "reward_std",
+            "entropy",
+            "completions/mean_length",
+            "num_tokens",
+        ):
             assert their_entry.get(name) == pytest.approx(entry.get(name), rel=1e-5, abs=1e-6), name

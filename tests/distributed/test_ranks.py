@@ -7,24 +7,46 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.distributed.runs import KINDS, assert_same_training, marked, result_of, trainer, with_two_ranks
+from tests.distributed.runs import (
+    KINDS,
+    assert_same_training,
+    marked,
+    result_of,
+    trainer,
+    with_two_ranks,
+)
 
 CASES = {
     "plain": {},
     "reference": {"beta": 0.1},
-    "moving reference": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    "moving reference": {
+        "beta": 0.1,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 0.5,
+    },
     "resampling": {"zero_signal_groups": "resample", "gradient_accumulation_steps": 1},
     "chunks": {"max_tokens_per_chunk": 12},
     "entropy selection": {"top_entropy_quantile": 0.5, "gradient_accumulation_steps": 1},
     "a group over both ranks": {"num_generations": 16},
     "token aggregate": {"loss_type": "dapo"},
-    "adapter": {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)},
+    "adapter": {
+        "peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    },
     "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2},
 }
 ADAPTER, MOVING = CASES["adapter"], CASES["moving reference"]
-IN_THE_HEAD = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)}
-WHOLE_AFTERWARDS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": False}
-RECOMPUTED = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "activation_checkpointing": True}
+IN_THE_HEAD = {
+    "peft_config": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+}
+WHOLE_AFTERWARDS = {
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "reshard_after_forward": False,
+}
+RECOMPUTED = {
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "activation_checkpointing": True,
+}
 FSDP_CASES = {  # what FSDP2 alone has
     "whole afterwards": {"fsdp_config": WHOLE_AFTERWARDS, **ADAPTER, "beta": 0.1},
     "recomputed": {"fsdp_config": RECOMPUTED, **MOVING},
@@ -84,7 +106,9 @@ def test_two_ranks_make_the_update_of_one(tmp_path, two_ranks, kind, case):
     alone = trainer(str(tmp_path), 8, **PRECISION[kind], **options)
     start = result_of(alone)["weights"]
     alone.train()
-    limits = {"rtol": 1e-6, "atol": 1e-7} if PRECISION[kind] is EXACT else {"rtol": 1e-4, "atol": 1e-5}
+    limits = (
+        {"rtol": 1e-6, "atol": 1e-7} if PRECISION[kind] is EXACT else {"rtol": 1e-4, "atol": 1e-5}
+    )
     for theirs in two_ranks(kind):
         assert_same_training(theirs[case], result_of(alone), start=start, **limits)
 
@@ -96,8 +120,14 @@ def test_in_mixed_precision_they_learn_too(tmp_path, two_ranks, kind):
     for rank in two_ranks(kind):
         weights, logs = rank[MIXED]["weights"], rank[MIXED]["logs"]
         assert all(torch.isfinite(value).all() for value in weights.values())
-        moved = [name for name, value in weights.items() if not torch.equal(value, start[name].to(value.dtype))]
-        assert len(moved) > len(weights) / 2  # ZeRO-3 keeps bfloat16 beside float32, where small steps don't show
+        moved = [
+            name
+            for name, value in weights.items()
+            if not torch.equal(value, start[name].to(value.dtype))
+        ]
+        assert (
+            len(moved) > len(weights) / 2
+        )  # ZeRO-3 keeps bfloat16 beside float32, where small steps don't show
         assert all(entry["loss"] != 0 and math.isfinite(entry["grad_norm"]) for entry in logs)
         assert all(entry["sampling/sampling_logp_difference/mean"] < 0.05 for entry in logs)
 
@@ -105,4 +135,7 @@ def test_in_mixed_precision_they_learn_too(tmp_path, two_ranks, kind):
 def test_shards_that_are_asked_for_in_vain_are_told(two_ranks):
     """accelerate makes copies on CPUs."""
     for rank in two_ranks("copies"):
-        assert any("fsdp=True does nothing here" in message and "2 on cpu" in message for message in rank["told"])
+        assert any(
+            "fsdp=True does nothing here" in message and "2 on cpu" in message
+            for message in rank["told"]
+        )

@@ -10,7 +10,13 @@ from tests.distributed.runs import assert_same_training, marked, result_of, trai
 from tests.tiny import tiny_model
 
 ADAM = {"optim": "adamw_torch", "adam_epsilon": 1e-2, "max_grad_norm": 0.5, "learning_rate": 1e-2}
-OPTIONS = {"dtype": torch.float32, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, **ADAM}
+OPTIONS = {
+    "dtype": torch.float32,
+    "beta": 0.1,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 1,
+    **ADAM,
+}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -66,7 +72,9 @@ def test_sharded_training_is_that_of_one_rank(ranks, alone, case):
 def test_a_resumed_run_ends_where_the_whole_one_did(ranks):
     for rank in ranks[1]:
         for name, value in rank["whole"]["weights"].items():
-            torch.testing.assert_close(rank["resumed"]["weights"][name], value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                rank["resumed"]["weights"][name], value, rtol=1e-5, atol=1e-6
+            )
 
 
 def test_what_is_published_is_what_is_saved(ranks):
@@ -74,13 +82,20 @@ def test_what_is_published_is_what_is_saved(ranks):
     saved = dict(AutoModelForCausalLM.from_pretrained(folder / "saved").named_parameters())
     for rank in results:
         assert rank["whole"]["weights"].keys() == saved.keys()
-        assert all(torch.equal(value, saved[name]) for name, value in rank["whole"]["weights"].items())
+        assert all(
+            torch.equal(value, saved[name]) for name, value in rank["whole"]["weights"].items()
+        )
 
 
 def test_a_whole_model_runs_without_the_other_rank(ranks):
     folder, results = ranks
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(folder / "saved")(input_ids=torch.arange(8)[None]).logits
+        expected = AutoModelForCausalLM.from_pretrained(folder / "saved")(
+            input_ids=torch.arange(8)[None]
+        ).logits
     for rank in results:
         torch.testing.assert_close(rank["logits"], expected, rtol=1e-5, atol=1e-5)
-        assert all(torch.equal(value, rank["whole"]["weights"][name]) for name, value in rank["after them"].items())
+        assert all(
+            torch.equal(value, rank["whole"]["weights"][name])
+            for name, value in rank["after them"].items()
+        )

@@ -12,11 +12,15 @@ def test_held_out_problems_are_different_and_always_the_same():
 
 
 def test_fewer_held_out_problems_are_the_first_of_them():
-    assert [p["prompt"] for p in chain_sum.held_out(8)] == [p["prompt"] for p in chain_sum.held_out(200)[:8]]
+    assert [p["prompt"] for p in chain_sum.held_out(8)] == [
+        p["prompt"] for p in chain_sum.held_out(200)[:8]
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 1, chain_sum.HELD_OUT_SEED // 10**6])
-def test_no_held_out_problem_is_trained_on(seed):  # the last seed draws the held-out problems' own entries
+def test_no_held_out_problem_is_trained_on(
+    seed,
+):  # the last seed draws the held-out problems' own entries
     held_out = chain_sum.held_out(200)
     rows = chain_sum.training_rows(2000, seed=seed, without=held_out)
     assert len(rows) == 2000

@@ -24,8 +24,13 @@ def test_the_demo_trains_through_the_command_line_and_measures_twice(tiny, tmp_p
     nothing_right = {"exact": 0.0, "found": 0.0}  # the tiny model knows no digits
     assert accuracy == {"before": nothing_right, "after": nothing_right}
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == 2 and "rewards/verifier/mean" in (output / "metrics.jsonl").read_text()
-    trained_on = {json.loads(line)["prompt"] for line in (output / "problems.jsonl").read_text().splitlines()}
+    assert (
+        records[-1]["step"] == 2
+        and "rewards/verifier/mean" in (output / "metrics.jsonl").read_text()
+    )
+    trained_on = {
+        json.loads(line)["prompt"] for line in (output / "problems.jsonl").read_text().splitlines()
+    }
     assert not trained_on & {problem["prompt"] for problem in chain_sum.held_out(8)}
     assert (output / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert f'AutoModelForCausalLM.from_pretrained("{output}")' in capsys.readouterr().out
@@ -42,7 +47,10 @@ def test_a_training_that_fails_ends_the_demo_with_its_status(tiny, tmp_path, mon
 
 def test_rates_are_shares_of_all_answers():
     problems = [{"answer": "8"}, {"answer": "6"}, {"answer": "-2"}, {"answer": "151"}]
-    assert demo.rates(["8", "The answer is 6.", "-2", "13"], problems) == {"exact": 0.5, "found": 0.75}
+    assert demo.rates(["8", "The answer is 6.", "-2", "13"], problems) == {
+        "exact": 0.5,
+        "found": 0.75,
+    }
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--problems"])

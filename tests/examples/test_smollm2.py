@@ -41,7 +41,9 @@ def fails_half_way(source, folder):
     raise RuntimeError("disk full")
 
 
-def test_of_two_that_convert_at_once_the_second_takes_what_the_first_made(tmp_path, conversions, monkeypatch):
+def test_of_two_that_convert_at_once_the_second_takes_what_the_first_made(
+    tmp_path, conversions, monkeypatch
+):
     def slower(source, folder):
         (folder / "model.safetensors").write_text("second")
         (tmp_path / smollm2.NAME).mkdir()

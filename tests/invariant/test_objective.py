@@ -44,7 +44,9 @@ def build(name: str, **options) -> Objective:
 def objectives(draw) -> Objective:
     """Any member with reference, bias correction, off-policy mask and any sampler/trainer correction it takes."""
     name = draw(every_member)
-    modes = [mode for mode in CORRECTION_MODES if not (name == "vespo" and mode.startswith("geometric"))]
+    modes = [
+        mode for mode in CORRECTION_MODES if not (name == "vespo" and mode.startswith("geometric"))
+    ]
     return build(name, **EXTRAS, vllm_importance_sampling_mode=draw(st.sampled_from(modes)))
 
 
@@ -78,7 +80,9 @@ def rows(draw, spread: float = 0.5, dtype: torch.dtype = torch.float64) -> Objec
 
 def mapped(x: ObjectiveInputs, change) -> ObjectiveInputs:
     """The same with `change` applied to every field."""
-    return dataclasses.replace(x, **{f.name: change(getattr(x, f.name)) for f in dataclasses.fields(x)})
+    return dataclasses.replace(
+        x, **{f.name: change(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    )
 
 
 def per_token(x: ObjectiveInputs, change) -> ObjectiveInputs:
@@ -92,13 +96,17 @@ def counts(x: ObjectiveInputs) -> Denominators:
     return Denominators(7.0, 31.0, 13.0, 3.0, 9)
 
 
-def outcome(objective: Objective, x: ObjectiveInputs, entropy_coef: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
+def outcome(
+    objective: Objective, x: ObjectiveInputs, entropy_coef: float = 0.05
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients in log-probs and entropy."""
     leaves = dataclasses.replace(
         x, logps=x.logps.detach().requires_grad_(), entropy=x.entropy.detach().requires_grad_()
     )
     loss, _ = objective.loss(leaves, counts(x), entropy_coef=entropy_coef)
-    gradients = torch.autograd.grad(loss, (leaves.logps, leaves.entropy), allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        loss, (leaves.logps, leaves.entropy), allow_unused=True, materialize_grads=True
+    )
     return loss.detach(), *gradients
 
 
@@ -111,7 +119,10 @@ def same(actual, expected, tolerance: float = 1e-10) -> None:
 def test_the_order_of_rows_changes_nothing(objective, x, random):
     order = torch.tensor(random.sample(range(len(x.mask)), len(x.mask)))
     loss, *gradients = outcome(objective, x)
-    same(outcome(objective, mapped(x, lambda value: value[order])), (loss, *(g[order] for g in gradients)))
+    same(
+        outcome(objective, mapped(x, lambda value: value[order])),
+        (loss, *(g[order] for g in gradients)),
+    )
 
 
 @searched
@@ -153,7 +164,9 @@ def test_chunks_add_up_to_the_whole(objective, x, data):
 @given(objectives(), rows())
 def test_a_chunk_without_counted_tokens_is_worth_nothing(objective, x):
     nothing = torch.zeros_like(x.mask)
-    for loss_or_gradient in outcome(objective, dataclasses.replace(x, mask=nothing, select=nothing)):
+    for loss_or_gradient in outcome(
+        objective, dataclasses.replace(x, mask=nothing, select=nothing)
+    ):
         assert not loss_or_gradient.any()
 
 
@@ -161,7 +174,9 @@ def test_a_chunk_without_counted_tokens_is_worth_nothing(objective, x):
 @given(every_member, rows())
 def test_zero_advantage_gives_no_gradient(name, x):
     objective = build(name)
-    _, gradient, _ = outcome(objective, dataclasses.replace(x, advantages=0 * x.advantages), entropy_coef=0.0)
+    _, gradient, _ = outcome(
+        objective, dataclasses.replace(x, advantages=0 * x.advantages), entropy_coef=0.0
+    )
     assert not gradient.any()
 
 
@@ -173,7 +188,10 @@ def test_unselected_tokens_get_no_gradient_unless_they_share_a_ratio_over_all_co
 
 
 @searched
-@given(rows(), st.sampled_from([name for name in MEMBERS if name.startswith("gmpo")] + ["gspo", "sapo"]))
+@given(
+    rows(),
+    st.sampled_from([name for name in MEMBERS if name.startswith("gmpo")] + ["gspo", "sapo"]),
+)
 def test_an_unmoved_policy_has_the_gradient_of_grpo(x, name):
     unmoved = dataclasses.replace(x, old_logps=x.logps, select=x.mask)
     _, expected, _ = outcome(build("grpo", **UNCORRECTED), unmoved, entropy_coef=0.0)
@@ -185,7 +203,9 @@ def test_an_unmoved_policy_has_the_gradient_of_grpo(x, name):
 @given(every_member, rows(), st.floats(0.01, 100.0))
 def test_the_gradient_is_in_proportion_to_the_advantage(name, x, factor):
     _, once, _ = outcome(build(name), x, entropy_coef=0.0)
-    _, scaled, _ = outcome(build(name), dataclasses.replace(x, advantages=factor * x.advantages), entropy_coef=0.0)
+    _, scaled, _ = outcome(
+        build(name), dataclasses.replace(x, advantages=factor * x.advantages), entropy_coef=0.0
+    )
     same([scaled / factor], [once])
 
 
@@ -216,9 +236,13 @@ def test_rho_stays_in_its_window(x, name):
     objective = build(name, **UNCORRECTED)
     ratio = objective.member.surrogate(objective.terms(x), **objective.options).ratio
     positive = x.advantages >= 0
-    assert (ratio[positive] <= torch.tensor(objective.options["epsilon_high"]).double().exp() + 1e-6).all()
+    assert (
+        ratio[positive] <= torch.tensor(objective.options["epsilon_high"]).double().exp() + 1e-6
+    ).all()
     if name != "gmpo sequence":
-        assert (ratio[~positive] >= torch.tensor(-objective.options["epsilon"]).double().exp() - 1e-6).all()
+        assert (
+            ratio[~positive] >= torch.tensor(-objective.options["epsilon"]).double().exp() - 1e-6
+        ).all()
 
 
 @searched
@@ -237,7 +261,9 @@ def test_extreme_log_ratios_stay_finite(data, dtype, spread):
 @given(objectives(), rows(dtype=torch.bfloat16))
 def test_low_precision_inputs_are_computed_in_float32(objective, x):
     loss, gradient, _ = outcome(objective, x)
-    exact, exact_gradient, _ = outcome(objective, mapped(x, lambda v: v.double() if v.is_floating_point() else v))
+    exact, exact_gradient, _ = outcome(
+        objective, mapped(x, lambda v: v.double() if v.is_floating_point() else v)
+    )
     assert loss.dtype == torch.float32 and gradient.dtype == torch.bfloat16
     same([loss.double()], [exact], 1e-4)
     same([gradient.double()], [exact_gradient], 1e-2)
@@ -255,7 +281,9 @@ def test_statistics_of_chunks_add_up_to_those_of_the_whole(objective, x, data):
         expected, actual = getattr(whole, kind), getattr(parts, kind)
         assert actual.keys() == expected.keys()
         for name in expected:
-            torch.testing.assert_close(torch.as_tensor(actual[name]), torch.as_tensor(expected[name]), msg=name)
+            torch.testing.assert_close(
+                torch.as_tensor(actual[name]), torch.as_tensor(expected[name]), msg=name
+            )
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -263,7 +291,10 @@ def test_no_value_is_read_back_from_the_device(name):
     """On the meta device `.item()`, a branch on a tensor or a boolean index would raise."""
     objective = build(name, **EXTRAS)
     shape = (3, 4)
-    logps, mask = torch.zeros(shape, device="meta"), torch.ones(shape, dtype=torch.bool, device="meta")
+    logps, mask = (
+        torch.zeros(shape, device="meta"),
+        torch.ones(shape, dtype=torch.bool, device="meta"),
+    )
     x = ObjectiveInputs(logps, logps, logps[:, :1], mask, mask, logps, logps, logps)
     loss, _ = objective.loss(x, counts(x), entropy_coef=0.1)
     assert loss.shape == () and loss.device.type == "meta"

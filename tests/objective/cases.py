@@ -22,7 +22,9 @@ def double(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def inputs(log_ratio: Sequence[Any], advantages: Sequence[Any], mask: Any = None, **fields: Any) -> ObjectiveInputs:
+def inputs(
+    log_ratio: Sequence[Any], advantages: Sequence[Any], mask: Any = None, **fields: Any
+) -> ObjectiveInputs:
     """Rows whose current log-probs are -1, -1.25, -1.5, ... along the tokens, and the old ones `log_ratio` less.
 
     fields: As `ObjectiveInputs` takes them; the selection is the mask unless given.  `sampler` gives the sampler's
@@ -30,7 +32,11 @@ def inputs(log_ratio: Sequence[Any], advantages: Sequence[Any], mask: Any = None
     """
     ratios = double(log_ratio)
     logps = (-1 - 0.25 * torch.arange(ratios.shape[1], dtype=torch.float64)).expand_as(ratios)
-    counted = torch.ones_like(ratios, dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool)
+    counted = (
+        torch.ones_like(ratios, dtype=torch.bool)
+        if mask is None
+        else torch.tensor(mask, dtype=torch.bool)
+    )
     fields.setdefault("select", counted)
     if "sampler" in fields:
         fields["sampler_logps"] = logps - ratios - double(fields.pop("sampler"))
@@ -52,7 +58,10 @@ def counts(x: ObjectiveInputs, *, max_completion_length: int = 8) -> Denominator
 
 
 def loss_and_gradient(
-    objective: Objective, x: ObjectiveInputs, denominators: Denominators | None = None, **keywords: float
+    objective: Objective,
+    x: ObjectiveInputs,
+    denominators: Denominators | None = None,
+    **keywords: float,
 ) -> tuple[Tensor, Tensor]:
     """The loss of an optimizer batch, of `x` alone unless its counts are given, and its gradient in the log-probs."""
     loss, _ = objective.loss(x, denominators or counts(x), **keywords)
@@ -65,4 +74,6 @@ def surrogate_of(objective: Objective, x: ObjectiveInputs) -> Surrogate:
 
 
 def equal(actual: Tensor, expected: Any, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance
+    )

@@ -6,7 +6,9 @@ from gmpo.objective.inputs import Denominators
 from tests.objective.cases import equal, inputs, loss_and_gradient, objective
 
 MASK = [[1, 0, 0], [1, 1, 1]]
-COUNTS = Denominators(rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8)
+COUNTS = Denominators(
+    rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
+)
 
 BY_HAND = {  # loss, gradient of the first row's token, gradient of each of the second row's tokens
     "grpo": (-(1 + 2) / 4, -1 / 4, -2 / 3 / 4),
@@ -28,14 +30,20 @@ def test_each_loss_type_divides_by_its_own_count(loss_type):
 
 
 def test_gmpo_divides_by_the_rows_of_the_optimizer_batch():
-    loss, gradient = loss_and_gradient(objective("gmpo"), inputs([[0.0] * 3] * 2, [1.0, 2.0], MASK), COUNTS)
+    loss, gradient = loss_and_gradient(
+        objective("gmpo"), inputs([[0.0] * 3] * 2, [1.0, 2.0], MASK), COUNTS
+    )
     equal(loss, -(1 + 2) / 4)
     equal(gradient, [[-1 / 4, 0.0, 0.0], [-2 / 3 / 4] * 3])
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
 def test_a_batch_without_counted_tokens_has_no_loss(loss_type):
-    nothing = Denominators(rows=1, tokens=0, micro_batch_tokens=0, micro_batches=1, max_completion_length=8)
-    loss, gradient = loss_and_gradient(objective(loss_type=loss_type), inputs([[0.0]], [1.0], [[0]]), nothing)
+    nothing = Denominators(
+        rows=1, tokens=0, micro_batch_tokens=0, micro_batches=1, max_completion_length=8
+    )
+    loss, gradient = loss_and_gradient(
+        objective(loss_type=loss_type), inputs([[0.0]], [1.0], [[0]]), nothing
+    )
     equal(loss, 0.0)
     equal(gradient, [[0.0]])

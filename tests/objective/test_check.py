@@ -23,13 +23,25 @@ REFUSED = [
     ("grpo", {"loss_type": "sapo", "vespo_lambda_neg": 1.0}, ["vespo_lambda_neg=1.0", "vespo"]),
     ("grpo", {"mean_power": 1.0}, ["mean_power=1.0", "gmpo"]),
     ("grpo", {"mean_power_final": 0.0}, ["mean_power_final=0.0", "gmpo"]),
-    ("gmpo", {"mean_power": 1.0, **SEQUENCE}, ["mean_power=1.0", "importance_sampling_level='sequence'"]),
-    ("gmpo", {"mean_power_final": 1.0, **SEQUENCE}, ["mean_power_final=1.0", "importance_sampling_level='sequence'"]),
+    (
+        "gmpo",
+        {"mean_power": 1.0, **SEQUENCE},
+        ["mean_power=1.0", "importance_sampling_level='sequence'"],
+    ),
+    (
+        "gmpo",
+        {"mean_power_final": 1.0, **SEQUENCE},
+        ["mean_power_final=1.0", "importance_sampling_level='sequence'"],
+    ),
     ("gmpo", {"mean_power": float("nan")}, ["mean_power=nan", "finite"]),
     ("gmpo", {"mean_power_final": float("inf")}, ["mean_power_final=inf", "finite"]),
     ("gmpo", {"off_policy_mask_threshold": float("nan")}, ["off_policy_mask_threshold=nan"]),
     ("gmpo", {"epsilon": 0.4, "delta": 0.3}, ["delta=0.3", "epsilon_high = 0.4"]),
-    ("gmpo", {"epsilon": 0.1, "epsilon_high": 0.5, "delta": 0.4}, ["delta=0.4", "epsilon_high = 0.5"]),
+    (
+        "gmpo",
+        {"epsilon": 0.1, "epsilon_high": 0.5, "delta": 0.4},
+        ["delta=0.4", "epsilon_high = 0.5"],
+    ),
     ("grpo", {"delta": 1.1}, ["delta=1.1", "1 + epsilon_high = 1.2"]),
     ("grpo", {"epsilon_high": 0.5, "delta": 1.4}, ["delta=1.4", "1.5"]),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "delta": 9.0}, ["delta=9.0", "gmpo"]),
@@ -38,7 +50,11 @@ REFUSED = [
     ("grpo", {"loss_type": "sapo", "epsilon": 0.3}, ["epsilon=0.3"]),
     ("grpo", {"loss_type": "vespo", "epsilon_high": 0.3}, ["epsilon_high=0.3"]),
     ("grpo", {"loss_type": "cispo"}, ["epsilon_high=None", "cispo", "epsilon_high=5.0"]),
-    ("grpo", {"loss_type": "cispo", "epsilon_high": 0.28}, ["epsilon_high=0.28", "epsilon_high=5.0"]),
+    (
+        "grpo",
+        {"loss_type": "cispo", "epsilon_high": 0.28},
+        ["epsilon_high=0.28", "epsilon_high=5.0"],
+    ),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "epsilon": 0.1}, ["epsilon=0.1"]),
     ("grpo", {"loss_type": "vespo", **SEQUENCE}, ["importance_sampling_level='sequence'", "vespo"]),
     (
@@ -58,12 +74,18 @@ REFUSED = [
     ),
     (
         "gmpo",
-        {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None},
+        {
+            "vllm_importance_sampling_mode": "token_truncate",
+            "vllm_importance_sampling_clip_max": None,
+        },
         ["token_truncate", "vllm_importance_sampling_clip_max"],
     ),
     (
         "gmpo",
-        {"vllm_importance_sampling_correction": False, "vllm_importance_sampling_mode": "token_mask"},
+        {
+            "vllm_importance_sampling_correction": False,
+            "vllm_importance_sampling_mode": "token_mask",
+        },
         ["vllm_importance_sampling_mode='token_mask'", "vllm_importance_sampling_correction"],
     ),
     ("gmpo", {"use_bias_correction_kl": True}, ["use_bias_correction_kl=True", "beta"]),
@@ -88,9 +110,25 @@ ACCEPTED = [
     ("grpo", {"delta": 1.2}),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, **SEQUENCE}),
     ("grpo", {"loss_type": "sapo", "sapo_temperature_neg": 2.0, **SEQUENCE}),
-    ("grpo", {"loss_type": "vespo", "vespo_k_pos": 1.0, "vllm_importance_sampling_mode": "token_truncate"}),
-    ("gmpo", {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": None}),
-    ("gmpo", {"vllm_importance_sampling_mode": "geometric_mask", "vllm_importance_sampling_clip_min": 0.9}),
+    (
+        "grpo",
+        {
+            "loss_type": "vespo",
+            "vespo_k_pos": 1.0,
+            "vllm_importance_sampling_mode": "token_truncate",
+        },
+    ),
+    (
+        "gmpo",
+        {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": None},
+    ),
+    (
+        "gmpo",
+        {
+            "vllm_importance_sampling_mode": "geometric_mask",
+            "vllm_importance_sampling_clip_min": 0.9,
+        },
+    ),
     ("gmpo", {"vllm_importance_sampling_correction": False}),
     ("gmpo", {"use_bias_correction_kl": True, "beta": 0.1}),
     ("gmpo", {"entropy_coef": 0.1}),

@@ -12,7 +12,8 @@ def test_every_token_keeps_its_gradient_times_a_capped_ratio():
 
 def test_only_ratios_over_the_cap_are_marked():
     surrogate = surrogate_of(
-        objective(loss_type="cispo", epsilon_high=5.0), inputs([[log(0.1), log(4.9), log(5.5)]], [1.0])
+        objective(loss_type="cispo", epsilon_high=5.0),
+        inputs([[log(0.1), log(4.9), log(5.5)]], [1.0]),
     )
     assert surrogate.capped_high.tolist() == [[False, False, True]]
     assert not surrogate.capped_low.any()
@@ -20,7 +21,9 @@ def test_only_ratios_over_the_cap_are_marked():
 
 
 def test_the_cap_holds_where_the_ratio_overflows():
-    loss, gradient = loss_and_gradient(objective(loss_type="cispo", epsilon_high=5.0), inputs([[1000.0]], [-1.0]))
+    loss, gradient = loss_and_gradient(
+        objective(loss_type="cispo", epsilon_high=5.0), inputs([[1000.0]], [-1.0])
+    )
     equal(loss, -5.0)
     equal(gradient, [[5.0]])
 

@@ -43,30 +43,40 @@ def test_the_one_sided_bound_is_the_minimum_of_two_products(delta):
     x = inputs(ratios.tolist(), torch.randn(50, generator=generator).tolist())
     expected = printed_formula(x.logps, x.old_logps, x.advantages, 0.2, 0.28, delta).mean()
     (expected_gradient,) = torch.autograd.grad(expected, x.logps)
-    loss, gradient = loss_and_gradient(objective(loss_type="dapo", epsilon=0.2, epsilon_high=0.28, delta=delta), x)
+    loss, gradient = loss_and_gradient(
+        objective(loss_type="dapo", epsilon=0.2, epsilon_high=0.28, delta=delta), x
+    )
     equal(loss, expected.detach())
     equal(gradient, expected_gradient)
 
 
 def test_clip_marks_tell_low_from_high():
     surrogate = surrogate_of(
-        objective(epsilon=0.2, delta=3.0), inputs([[log(r) for r in (0.5, 1.0, 1.5, 5.0)]] * 2, [1, -1])
+        objective(epsilon=0.2, delta=3.0),
+        inputs([[log(r) for r in (0.5, 1.0, 1.5, 5.0)]] * 2, [1, -1]),
     )
-    assert surrogate.capped_high.tolist() == [[False, False, True, True], [False, False, False, True]]
+    assert surrogate.capped_high.tolist() == [
+        [False, False, True, True],
+        [False, False, False, True],
+    ]
     assert surrogate.capped_low.tolist() == [[False] * 4, [True, False, False, False]]
     equal(surrogate.ratio, [[(0.5 + 1 + 1.2 + 1.2) / 4], [(0.8 + 1 + 1.5 + 3) / 4]])
 
 
 def test_an_epsilon_of_one_or_more_leaves_small_ratios_alone():
     for epsilon in (1.0, 1.5):
-        loss, gradient = loss_and_gradient(objective(epsilon=epsilon), inputs([[log(1e-3)]], [-1.0]))
+        loss, gradient = loss_and_gradient(
+            objective(epsilon=epsilon), inputs([[log(1e-3)]], [-1.0])
+        )
         equal(loss, 1e-3)
         equal(gradient, [[1e-3]])
 
 
 def test_the_sequence_level_clips_one_geometric_mean_per_completion():
     # GSPO: mean log-ratios log 1.1 (inside of 1.2) and log 1.3 (outside)
-    x = inputs([[log(1.1) + 1, log(1.1) - 1, 9.0], [log(1.3)] * 3], [1.0, 1.0], mask=[[1, 1, 0], [1, 1, 1]])
+    x = inputs(
+        [[log(1.1) + 1, log(1.1) - 1, 9.0], [log(1.3)] * 3], [1.0, 1.0], mask=[[1, 1, 0], [1, 1, 1]]
+    )
     gspo = objective(loss_type="grpo", epsilon=0.2, importance_sampling_level="sequence")
     loss, gradient = loss_and_gradient(gspo, x)
     equal(loss, -(1.1 + 1.2) / 2)
@@ -76,7 +86,9 @@ def test_the_sequence_level_clips_one_geometric_mean_per_completion():
 
 def test_the_sequence_level_takes_all_counted_tokens_for_the_ratio_and_charges_the_selected():
     x = inputs([[0.3, -0.1]], [1.0], select=torch.tensor([[True, False]]))
-    loss, gradient = loss_and_gradient(objective(loss_type="grpo", importance_sampling_level="sequence"), x)
+    loss, gradient = loss_and_gradient(
+        objective(loss_type="grpo", importance_sampling_level="sequence"), x
+    )
     equal(loss, -exp(0.1) / 2)  # one of two tokens is charged
     equal(gradient, [[-exp(0.1) / 4] * 2])  # the ratio depends on both
 

@@ -74,19 +74,25 @@ def test_each_mode_weighs_the_rows_of_gmpo(mode, low, high, weights, kept):
 
 
 def test_the_default_drops_completions_whose_ratio_exceeds_three():
-    loss, _ = loss_and_gradient(objective(), inputs([[0.0] * 2] * 2, [1.0, 1.0], sampler=DIFFERENCES))
+    loss, _ = loss_and_gradient(
+        objective(), inputs([[0.0] * 2] * 2, [1.0, 1.0], sampler=DIFFERENCES)
+    )
     equal(loss, -(0.5 + 0.5 + 0 + 0) / 4)
 
 
 def test_bounds_are_inside():
-    loss, _ = loss_and_gradient(correcting("token_mask", None, 1.0), inputs([[0.0]], [1.0], sampler=[[0.0]]))
+    loss, _ = loss_and_gradient(
+        correcting("token_mask", None, 1.0), inputs([[0.0]], [1.0], sampler=[[0.0]])
+    )
     equal(loss, -1.0)
 
 
 @pytest.mark.parametrize("algorithm", ["gmpo", "grpo"])
 def test_no_report_or_the_option_off_leaves_the_loss_as_it_is(algorithm):
     plain = loss_and_gradient(objective(algorithm), inputs([[0.1, 0.2]], [1.0]))
-    unreported = loss_and_gradient(objective(algorithm), inputs([[0.1, 0.2]], [1.0], sampler=[[NAN, NAN]]))
+    unreported = loss_and_gradient(
+        objective(algorithm), inputs([[0.1, 0.2]], [1.0], sampler=[[NAN, NAN]])
+    )
     off = objective(algorithm, vllm_importance_sampling_correction=False)
     switched_off = loss_and_gradient(off, inputs([[0.1, 0.2]], [1.0], sampler=[[1.0, 1.0]]))
     for loss, gradient in (unreported, switched_off):
@@ -116,7 +122,9 @@ def test_ratios_beyond_the_floating_range_stay_finite():
 
 def test_the_correction_comes_after_the_selection():
     # the unselected token's weight of 3 is in no mean; the selected one's is
-    x = inputs([[0.0, 0.0]], [1.0], sampler=[[log(2.0), log(3.0)]], select=torch.tensor([[True, False]]))
+    x = inputs(
+        [[0.0, 0.0]], [1.0], sampler=[[log(2.0), log(3.0)]], select=torch.tensor([[True, False]])
+    )
     equal(loss_and_gradient(correcting("token_truncate", None, 9.0, "gmpo"), x)[0], -2.0)
     equal(loss_and_gradient(correcting("token_truncate", None, 9.0), x)[0], -2.0 / 2)
     equal(loss_and_gradient(correcting("sequence_truncate", None, 9.0, "gmpo"), x)[0], -6.0)

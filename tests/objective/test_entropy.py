@@ -11,7 +11,9 @@ from gmpo.objective.inputs import Denominators
 from gmpo.objective.settings import ObjectiveSettings
 from tests.objective.cases import double, equal, inputs, objective
 
-COUNTS = Denominators(rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8)
+COUNTS = Denominators(
+    rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
+)
 
 
 @pytest.mark.parametrize("loss_type", ["gmpo", "dapo"])
@@ -32,7 +34,12 @@ def test_without_a_coefficient_the_entropy_gets_no_gradient():
 
 
 def adaptive(**options):
-    settings = {"use_adaptive_entropy": True, "entropy_target": 0.5, "entropy_coef_delta": 0.1, **options}
+    settings = {
+        "use_adaptive_entropy": True,
+        "entropy_target": 0.5,
+        "entropy_coef_delta": 0.1,
+        **options,
+    }
     return EntropyController(ObjectiveSettings(**settings))
 
 

@@ -14,13 +14,17 @@ from gmpo.objective.inputs import Denominators, ObjectiveInputs
 from tests.objective.cases import double, objective
 
 VOCABULARY = 3
-ONE_ROW = Denominators(rows=1, tokens=1, micro_batch_tokens=1, micro_batches=1, max_completion_length=1)
+ONE_ROW = Denominators(
+    rows=1, tokens=1, micro_batch_tokens=1, micro_batches=1, max_completion_length=1
+)
 
 
 def policy(length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [V^length, length, V] looked up from a table that is learned, the completions and their rewards."""
     generator = torch.Generator().manual_seed(3)
-    table = torch.randn(1 + VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64).requires_grad_()
+    table = torch.randn(
+        1 + VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64
+    ).requires_grad_()
     completions = torch.tensor(list(product(range(VOCABULARY), repeat=length)))
     rewards = torch.randn(len(completions), generator=generator, dtype=torch.float64)
     return table, completions, rewards
@@ -30,10 +34,17 @@ def token_logps(table: Tensor, completions: Tensor, temperature: float) -> Tenso
     """[rows, length]: each token is drawn given the one before it (the table's last row at the start)."""
     start = torch.full((len(completions), 1), VOCABULARY)
     context = torch.cat([start, completions[:, :-1]], 1)
-    return (table[context] / temperature).log_softmax(-1).gather(-1, completions[..., None]).squeeze(-1)
+    return (
+        (table[context] / temperature)
+        .log_softmax(-1)
+        .gather(-1, completions[..., None])
+        .squeeze(-1)
+    )
 
 
-def gradients(algorithm: str, length: int, sampling_temperature: float, **options) -> tuple[Tensor, Tensor]:
+def gradients(
+    algorithm: str, length: int, sampling_temperature: float, **options
+) -> tuple[Tensor, Tensor]:
     """Of the expected loss as trained, and of minus the expected reward."""
     table, completions, rewards = policy(length)
     logps = token_logps(table, completions, 1.0)
@@ -41,11 +52,18 @@ def gradients(algorithm: str, length: int, sampling_temperature: float, **option
     probability = sampler_logps.sum(-1, keepdim=True).exp()
     everything = torch.ones_like(logps, dtype=torch.bool)
     x = ObjectiveInputs(
-        logps, logps.detach(), probability * rewards[:, None], everything, everything, sampler_logps=sampler_logps
+        logps,
+        logps.detach(),
+        probability * rewards[:, None],
+        everything,
+        everything,
+        sampler_logps=sampler_logps,
     )
     loss, _ = objective(algorithm, **options).loss(x, ONE_ROW)
     truth = -(logps.sum(-1).exp() * rewards).sum()
-    trained, exact = (torch.autograd.grad(value, table, retain_graph=True)[0] for value in (loss, truth))
+    trained, exact = (
+        torch.autograd.grad(value, table, retain_graph=True)[0] for value in (loss, truth)
+    )
     return trained, exact
 
 
@@ -68,16 +86,22 @@ def test_the_corrected_gradient_is_the_policy_gradient(algorithm, loss_type, len
 
 @pytest.mark.parametrize(("algorithm", "loss_type"), [("gmpo", "gmpo"), ("grpo", "grpo")])
 def test_without_correction_it_is_not(algorithm, loss_type):
-    trained, exact = gradients(algorithm, 3, 1.7, loss_type=loss_type, vllm_importance_sampling_correction=False)
+    trained, exact = gradients(
+        algorithm, 3, 1.7, loss_type=loss_type, vllm_importance_sampling_correction=False
+    )
     assert (trained * 3 - exact).norm() > 0.2 * exact.norm()
 
 
 @pytest.mark.parametrize(("algorithm", "loss_type"), [("gmpo", "gmpo"), ("grpo", "grpo")])
 def test_a_sampler_that_agrees_needs_none(algorithm, loss_type):
-    trained, exact = gradients(algorithm, 3, 1.0, loss_type=loss_type, vllm_importance_sampling_correction=False)
+    trained, exact = gradients(
+        algorithm, 3, 1.0, loss_type=loss_type, vllm_importance_sampling_correction=False
+    )
     torch.testing.assert_close(trained * 3, exact, rtol=1e-10, atol=1e-12)
 
 
 def test_the_enumeration_is_complete():
     table, completions, _ = policy(3)
-    torch.testing.assert_close(token_logps(table, completions, 1.7).sum(-1).exp().sum(), double(1.0))
+    torch.testing.assert_close(
+        token_logps(table, completions, 1.7).sum(-1).exp().sum(), double(1.0)
+    )

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from gmpo.objective.inputs import Denominators, ObjectiveInputs
-from tests.objective.cases import double, equal, inputs, log, loss_and_gradient, objective, surrogate_of
+from tests.objective.cases import (
+    double,
+    equal,
+    inputs,
+    log,
+    loss_and_gradient,
+    objective,
+    surrogate_of,
+)
 
 VECTORS = json.loads((Path(__file__).parent / "gmpo_vectors.json").read_text())
 
@@ -29,7 +37,9 @@ def from_vector(case: dict) -> tuple[ObjectiveInputs, Denominators]:
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: case["name"])
 def test_vectors_give_loss_ratio_gradient_and_clip_marks(case):
     gmpo = objective(
-        "gmpo", epsilon=case.get("eps_low", case.get("eps")), epsilon_high=case.get("eps_high", case.get("eps"))
+        "gmpo",
+        epsilon=case.get("eps_low", case.get("eps")),
+        epsilon_high=case.get("eps_high", case.get("eps")),
     )
     x, denominators = from_vector(case)
     expected = case["expected"]["gmpo"]
@@ -58,7 +68,9 @@ def test_epsilon_high_is_epsilon_unless_given():
 
 
 def test_clip_marks_tell_low_from_high():
-    surrogate = surrogate_of(objective("gmpo", epsilon=0.4), inputs([[1.0, 0.1, -0.9]] * 2, [1.0, -1.0]))
+    surrogate = surrogate_of(
+        objective("gmpo", epsilon=0.4), inputs([[1.0, 0.1, -0.9]] * 2, [1.0, -1.0])
+    )
     assert surrogate.capped_high.tolist() == [[True, False, False], [False] * 3]
     assert surrogate.capped_low.tolist() == [[False] * 3, [False, False, True]]
 
@@ -73,7 +85,9 @@ def test_delta_bounds_runaway_tokens_of_negative_advantages():
 
 
 def test_delta_leaves_positive_advantages_to_the_window():
-    loss, _ = loss_and_gradient(objective("gmpo", epsilon=0.4, delta=1.0), inputs([[50.0, 0.0]], [1.0]))
+    loss, _ = loss_and_gradient(
+        objective("gmpo", epsilon=0.4, delta=1.0), inputs([[50.0, 0.0]], [1.0])
+    )
     equal(loss, -exp(0.2))
 
 
@@ -81,7 +95,11 @@ def test_sequence_level_clips_the_sum_before_it_is_divided_by_the_length():
     gmpo = objective("gmpo", epsilon=0.4, importance_sampling_level="sequence")
     x = inputs([[0.3, 0.3, -0.1], [0.3, 0.3, -0.1], [-0.1, 0.2, 0.0]], [1.0, -1.0, 1.0])
     loss, gradient = loss_and_gradient(gmpo, x)
-    capped, free, inside = exp(0.4 / 3), exp(0.5 / 3), exp(0.1 / 3)  # sums 0.5 (capped to 0.4), 0.5 (A < 0: free), 0.1
+    capped, free, inside = (
+        exp(0.4 / 3),
+        exp(0.5 / 3),
+        exp(0.1 / 3),
+    )  # sums 0.5 (capped to 0.4), 0.5 (A < 0: free), 0.1
     equal(loss, (-capped + free - inside) / 3)
     equal(gradient, [[0.0] * 3, [free / 9] * 3, [-inside / 9] * 3])
     assert surrogate_of(gmpo, x).capped_high.tolist() == [[True] * 3, [False] * 3, [False] * 3]
@@ -90,7 +108,11 @@ def test_sequence_level_clips_the_sum_before_it_is_divided_by_the_length():
 def test_a_row_of_zero_advantage_is_bounded_lest_zero_times_infinity_be_nan():
     x = inputs([[500.0, 0.0], [0.1, 0.1]], [0.0, 1.0])
     single = ObjectiveInputs(
-        x.logps.detach().float().requires_grad_(), x.old_logps.float(), x.advantages.float(), x.mask, x.select
+        x.logps.detach().float().requires_grad_(),
+        x.old_logps.float(),
+        x.advantages.float(),
+        x.mask,
+        x.select,
     )
     loss, gradient = loss_and_gradient(objective("gmpo", epsilon=0.4), single)
     equal(loss, -exp(0.1) / 2, 1e-6)
@@ -113,12 +135,16 @@ def test_a_selection_outside_of_the_mask_is_none():
 
 def test_the_sequence_level_sums_and_counts_selected_tokens():
     x = inputs([[0.1, 9.0, 0.2]], [1.0], select=torch.tensor([[True, False, True]]))
-    loss, gradient = loss_and_gradient(objective("gmpo", epsilon=0.4, importance_sampling_level="sequence"), x)
+    loss, gradient = loss_and_gradient(
+        objective("gmpo", epsilon=0.4, importance_sampling_level="sequence"), x
+    )
     equal(loss, -exp(0.15))
     equal(gradient, [[-exp(0.15) / 2, 0.0, -exp(0.15) / 2]])
 
 
-@pytest.mark.parametrize("options", [{}, {"importance_sampling_level": "sequence"}, {"mean_power": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"importance_sampling_level": "sequence"}, {"mean_power": 2.0}], ids=str
+)
 def test_a_row_without_counted_tokens_costs_nothing_and_stays_in_the_denominator(options):
     x = inputs([[0.1, 0.1], [3.0, 3.0]], [1.0, 1.0], mask=[[1, 1], [0, 0]])
     gmpo = objective("gmpo", epsilon=0.4, **options)
@@ -156,7 +182,9 @@ def test_the_power_mean_is_of_clipped_ratios():
 @pytest.mark.parametrize("power", [2e-3, -2e-3, 5e-4])
 def test_the_power_mean_passes_through_the_geometric_one(power):
     # log M_p = mean + p variance / 2 + O(p^2); the log-ratios have mean 0.1 and variance 0.04
-    loss, _ = loss_and_gradient(objective("gmpo", epsilon=0.4, mean_power=power), inputs([[0.3, -0.1]], [1.0]))
+    loss, _ = loss_and_gradient(
+        objective("gmpo", epsilon=0.4, mean_power=power), inputs([[0.3, -0.1]], [1.0])
+    )
     equal(loss, -exp(0.1 + power * 0.02), 2e-5)
 
 
@@ -166,7 +194,9 @@ def test_mean_power_final_is_reached_linearly():
     for progress, power in ((0.0, 1.0), (0.5, 0.0), (1.0, -1.0), (1.2, -1.0)):
         loss, _ = loss_and_gradient(gmpo, x, progress=progress)
         equal(loss, -POWER_MEANS[power][0])
-    equal(loss_and_gradient(gmpo, x, progress=0.25)[0], -(((sqrt(1.2) + sqrt(0.8)) / 2) ** 2))  # power 1/2
+    equal(
+        loss_and_gradient(gmpo, x, progress=0.25)[0], -(((sqrt(1.2) + sqrt(0.8)) / 2) ** 2)
+    )  # power 1/2
 
 
 def test_the_advantage_of_a_row_with_one_per_token_is_their_mean():

@@ -9,7 +9,9 @@ from gmpo.objective.inputs import Denominators
 from tests.objective.cases import equal, inputs, log, loss_and_gradient, objective
 
 MASK = [[1, 0, 0], [1, 1, 1]]
-COUNTS = Denominators(rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8)
+COUNTS = Denominators(
+    rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
+)
 K3 = 2 - log(2.0) - 1  # q = log 2 at every counted token
 WEIGHTS = {  # of a token of the first row and of the second row in the loss
     "gmpo": (1 / 4, 1 / 12),
@@ -27,7 +29,9 @@ def case(log_ratio=0.0, **fields):
 
 
 def beta(loss_type, **options):
-    return objective("gmpo" if loss_type == "gmpo" else "grpo", loss_type=loss_type, beta=0.1, **options)
+    return objective(
+        "gmpo" if loss_type == "gmpo" else "grpo", loss_type=loss_type, beta=0.1, **options
+    )
 
 
 @pytest.mark.parametrize("loss_type", WEIGHTS)
@@ -48,7 +52,9 @@ def test_the_divergence_keeps_unselected_tokens():
 
 
 def test_the_bias_correction_weighs_each_token_by_its_ratio_with_its_gradient():
-    loss, gradient = loss_and_gradient(beta("dapo", use_bias_correction_kl=True), case(log_ratio=0.3), COUNTS)
+    loss, gradient = loss_and_gradient(
+        beta("dapo", use_bias_correction_kl=True), case(log_ratio=0.3), COUNTS
+    )
     equal(loss, 0.1 * 4 * K3 * exp(0.3) / 10)
     slope = 0.1 * exp(0.3) * (K3 + 1 - 2) / 10  # of k3 exp(d): exp(d) (k3 + k3')
     equal(gradient, [[slope, 0.0, 0.0], [slope] * 3])

@@ -18,7 +18,9 @@ def test_the_gate_takes_its_temperature_by_the_sign_of_the_advantage(advantage, 
 
 
 def test_the_slope_of_an_unmoved_token_is_that_of_grpo():
-    _, gradient = loss_and_gradient(objective(**SAPO), inputs([[0.0, 0.0], [0.0, 0.0]], [1.0, -2.0]))
+    _, gradient = loss_and_gradient(
+        objective(**SAPO), inputs([[0.0, 0.0], [0.0, 0.0]], [1.0, -2.0])
+    )
     equal(gradient, [[-0.25, -0.25], [0.5, 0.5]])
 
 

@@ -11,7 +11,13 @@ NAN = float("nan")
 
 @pytest.mark.parametrize(
     ("share", "threshold"),
-    [(1.0, 0.0), (0.5, 2.0), (0.25, 3.0), (0.4, 2.4), (0.01, 3.96)],  # position (1 - share) * 4 in 0, 1, 2, 3, 4
+    [
+        (1.0, 0.0),
+        (0.5, 2.0),
+        (0.25, 3.0),
+        (0.4, 2.4),
+        (0.01, 3.96),
+    ],  # position (1 - share) * 4 in 0, 1, 2, 3, 4
 )
 def test_the_threshold_is_the_quantile_of_the_share_that_is_kept(share, threshold):
     equal(entropy_threshold(double([3.0, 1.0, 4.0, 0.0, 2.0]), share), threshold)
@@ -81,7 +87,10 @@ def test_a_drift_at_the_threshold_is_kept():
 
 def test_a_dropped_row_of_unbounded_ratio_leaves_no_trace():
     x = inputs([[800.0, -2000.0]], [-1.0])
-    for options in ({"loss_type": "grpo"}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}):
+    for options in (
+        {"loss_type": "grpo"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ):
         loss, gradient = loss_and_gradient(objective(off_policy_mask_threshold=0.5, **options), x)
         equal(loss, 0.0)
         equal(gradient, [[0.0, 0.0]])

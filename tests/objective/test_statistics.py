@@ -16,7 +16,11 @@ def reported(member, x) -> Statistics:
 
 
 def means(statistics: Statistics) -> dict[str, float]:
-    return {name: float(total) / float(count) for name, (total, count) in statistics.means.items() if count}
+    return {
+        name: float(total) / float(count)
+        for name, (total, count) in statistics.means.items()
+        if count
+    }
 
 
 def gmpo_rows():
@@ -52,7 +56,12 @@ def test_a_row_without_selected_tokens_has_no_share():
 
 
 def test_extremes_of_the_log_ratio_are_of_counted_tokens_selected_or_not():
-    x = inputs([[0.5, 0.1, -0.9, 7.0]], [1.0], mask=[[1, 1, 1, 0]], select=torch.tensor([[False, True, False, False]]))
+    x = inputs(
+        [[0.5, 0.1, -0.9, 7.0]],
+        [1.0],
+        mask=[[1, 1, 1, 0]],
+        select=torch.tensor([[False, True, False, False]]),
+    )
     statistics = reported(objective("gmpo", epsilon=0.4), x)
     assert float(statistics.minima["log_ratio/min"]) == pytest.approx(-0.9)
     assert float(statistics.maxima["log_ratio/max"]) == pytest.approx(0.5)
@@ -79,7 +88,9 @@ DIFFERENCES = [[log(2.0), -log(4.0), 9.0], [log(5.0), NAN, 9.0], [NAN] * 3]
 
 
 def sampled():
-    return inputs([[0.0] * 3] * 3, [1.0] * 3, mask=[[1, 1, 0], [1, 1, 0], [0] * 3], sampler=DIFFERENCES)
+    return inputs(
+        [[0.0] * 3] * 3, [1.0] * 3, mask=[[1, 1, 0], [1, 1, 0], [0] * 3], sampler=DIFFERENCES
+    )
 
 
 def test_the_sampler_is_compared_over_counted_tokens_whether_or_not_it_is_corrected_for():
@@ -105,7 +116,9 @@ def test_ratios_are_reported_raw_with_the_share_that_the_bounds_touch(mode, low,
     assert float(statistics.minima[f"{name}/min"]) == pytest.approx(low)
     assert float(statistics.maxima[f"{name}/max"]) == pytest.approx(high)
     assert means(statistics)[f"{name}/mean"] == pytest.approx(mean)
-    assert means(statistics)[f"{name}/{'masked' if 'mask' in mode else 'truncated'}"] == pytest.approx(share)
+    assert means(statistics)[
+        f"{name}/{'masked' if 'mask' in mode else 'truncated'}"
+    ] == pytest.approx(share)
 
 
 def test_a_chunk_without_counted_tokens_moves_no_mean_and_no_extreme():
@@ -114,12 +127,18 @@ def test_a_chunk_without_counted_tokens_moves_no_mean_and_no_extreme():
     assert all(float(count) == 0 == float(total) for total, count in together.means.values())
     together.update(alone)
     assert means(together) == means(alone)
-    assert {name: float(v) for name, v in together.minima.items()} == {n: float(v) for n, v in alone.minima.items()}
-    assert {name: float(v) for name, v in together.maxima.items()} == {n: float(v) for n, v in alone.maxima.items()}
+    assert {name: float(v) for name, v in together.minima.items()} == {
+        n: float(v) for n, v in alone.minima.items()
+    }
+    assert {name: float(v) for name, v in together.maxima.items()} == {
+        n: float(v) for n, v in alone.maxima.items()
+    }
 
 
 def test_no_figure_carries_a_gradient():
-    x = inputs([[0.1]], [1.0], reference=[[0.1]], sampler=[[0.1]], entropy=double([[1.0]]).requires_grad_())
+    x = inputs(
+        [[0.1]], [1.0], reference=[[0.1]], sampler=[[0.1]], entropy=double([[1.0]]).requires_grad_()
+    )
     statistics = reported(objective("gmpo", beta=0.1), x)
     figures = [*statistics.minima.values(), *statistics.maxima.values()]
     figures += [value for pair in statistics.means.values() for value in pair]

@@ -19,7 +19,9 @@ def phi(log_weight, k, lam):
     return exp(lam + k * log_weight - lam * exp(log_weight))
 
 
-@pytest.mark.parametrize(("advantage", "k", "lam"), [(2.0, 2.0, 3.0), (-2.0, 1.0, 0.5), (0.0, 2.0, 3.0)])
+@pytest.mark.parametrize(
+    ("advantage", "k", "lam"), [(2.0, 2.0, 3.0), (-2.0, 1.0, 0.5), (0.0, 2.0, 3.0)]
+)
 def test_all_tokens_share_the_kernel_of_the_product_of_their_ratios(advantage, k, lam):
     x = inputs([[0.3, -0.1, 5.0]], [advantage], mask=[[1, 1, 0]])
     vespo = objective(**OPTIONS)
@@ -36,7 +38,12 @@ def test_an_unmoved_completion_has_weight_one():
 
 @pytest.mark.parametrize(
     ("log_ratios", "log_weight"),
-    [([30.0, -19.5], 0.5), ([-30.0, 19.5], -0.5), ([15.0, 15.0], 20.0), ([-15.0, -15.0], log(1e-8))],
+    [
+        ([30.0, -19.5], 0.5),
+        ([-30.0, 19.5], -0.5),
+        ([15.0, 15.0], 20.0),
+        ([-15.0, -15.0], log(1e-8)),
+    ],
 )
 def test_token_log_ratios_and_their_sum_are_clamped(log_ratios, log_weight):
     weight = surrogate_of(objective(**OPTIONS), inputs([log_ratios], [-1.0])).ratio
@@ -48,7 +55,11 @@ CORRECTIONS = [  # of the differences 0.3 and 2
     ("token_mask", {}, 0.3 + log(1e-8)),
     ("sequence_truncate", {"vllm_importance_sampling_clip_max": 20.0}, 2.3),
     ("sequence_truncate", {}, log(3.0)),
-    ("token_truncate", {"vllm_importance_sampling_clip_max": 0.5}, 2 * log(0.5)),  # of 2 counted tokens
+    (
+        "token_truncate",
+        {"vllm_importance_sampling_clip_max": 0.5},
+        2 * log(0.5),
+    ),  # of 2 counted tokens
 ]
 
 
@@ -61,6 +72,8 @@ def test_the_correction_is_a_factor_of_the_weight_and_not_of_the_cost(mode, boun
 
 def test_a_masked_completion_costs_nothing():
     x = inputs([[0.1]], [1.0], sampler=[[2.0]])
-    loss, gradient = loss_and_gradient(objective(**OPTIONS, vllm_importance_sampling_mode="sequence_mask"), x)
+    loss, gradient = loss_and_gradient(
+        objective(**OPTIONS, vllm_importance_sampling_mode="sequence_mask"), x
+    )
     equal(loss, 0.0)
     equal(gradient, [[0.0]])

@@ -73,7 +73,12 @@ def tracked(monkeypatch: Any, **options: Any) -> dict[str, dict[str, Any]]:
     import trackio
 
     init, freeze = Recorder(), Recorder("me/frozen")
-    for name, fake in {"init": init, "freeze": freeze, "finish": Recorder(), "log": Recorder()}.items():
+    for name, fake in {
+        "init": init,
+        "freeze": freeze,
+        "finish": Recorder(),
+        "log": Recorder(),
+    }.items():
         monkeypatch.setattr(trackio, name, fake)
     monkeypatch.setattr(trackio, "config", {}, raising=False)
     fresh_run(SCENARIOS["gmpo"], report_to="trackio", max_steps=1, **options)
@@ -118,7 +123,9 @@ def sync_ref_model(monkeypatch, folder):
     moving = run("gmpo", beta=0.1, sync_ref_model=True, ref_model_sync_steps=1)
     for name, value in still.trainer.reference.model.state_dict().items():
         assert torch.equal(value, still.start[name])
-        assert not torch.equal(moving.trainer.reference.model.state_dict()[name], moving.start[name])
+        assert not torch.equal(
+            moving.trainer.reference.model.state_dict()[name], moving.start[name]
+        )
 
 
 def ds3_gather_for_generation(monkeypatch, folder):
@@ -133,7 +140,12 @@ def ds3_gather_for_generation(monkeypatch, folder):
     for engine in ("shared_prefix", "generate"):
         for gather in (True, False):
             gathered.clear()
-            fresh_run(SCENARIOS["gmpo"], ds3_gather_for_generation=gather, generation_engine=engine, max_steps=1)
+            fresh_run(
+                SCENARIOS["gmpo"],
+                ds3_gather_for_generation=gather,
+                generation_engine=engine,
+                max_steps=1,
+            )
             assert gathered and all(inner == gather for inner in gathered), (engine, gather)
 
 
@@ -181,7 +193,9 @@ def log_completions_hub_repo(monkeypatch, folder):
             pass
 
     monkeypatch.setattr(huggingface_hub, "CommitScheduler", Scheduler)
-    result = fresh_run(SCENARIOS["gmpo"], log_completions=True, log_completions_hub_repo="me/texts", max_steps=1)
+    result = fresh_run(
+        SCENARIOS["gmpo"], log_completions=True, log_completions_hub_repo="me/texts", max_steps=1
+    )
     (options,) = made
     assert options["repo_id"] == "me/texts" and options["repo_type"] == "dataset"
     assert options["folder_path"] == result.folder / "out" / "completions"
@@ -212,12 +226,21 @@ def tf32(monkeypatch, folder):
 
 
 def torch_compile(monkeypatch, folder):
-    options = {"batch_layout": "padded", "generation_engine": "generate", "max_steps": 1, "steps_per_generation": 1}
+    options = {
+        "batch_layout": "padded",
+        "generation_engine": "generate",
+        "max_steps": 1,
+        "steps_per_generation": 1,
+    }
     plain = run("gmpo", **options)
-    compiled = fresh_run(SCENARIOS["gmpo"], **options, torch_compile=True, torch_compile_backend="eager")
+    compiled = fresh_run(
+        SCENARIOS["gmpo"], **options, torch_compile=True, torch_compile_backend="eager"
+    )
     assert plain.trainer.model_wrapped is plain.trainer.model
     assert compiled.trainer.model_wrapped._orig_mod is compiled.trainer.model
-    assert compiled.trainer.unwrapped_policy() is compiled.trainer.model  # completions are not made by the compiled one
+    assert (
+        compiled.trainer.unwrapped_policy() is compiled.trainer.model
+    )  # completions are not made by the compiled one
     for name, value in plain.trainer.model.state_dict().items():
         torch.testing.assert_close(compiled.trainer.model.state_dict()[name], value)
 
@@ -227,7 +250,9 @@ def use_liger_kernel(monkeypatch, folder):
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
     fresh_run(SCENARIOS["gmpo"], max_steps=1)
     assert not apply.calls
-    result = fresh_run(SCENARIOS["gmpo"], use_liger_kernel=True, liger_kernel_config={"rope": False}, max_steps=1)
+    result = fresh_run(
+        SCENARIOS["gmpo"], use_liger_kernel=True, liger_kernel_config={"rope": False}, max_steps=1
+    )
     assert apply.calls == [((result.trainer.model, {"rope": False}), {})]
 
 
@@ -266,7 +291,10 @@ def logging_nan_inf_filter(monkeypatch, folder):
         return contextlib.nullcontext()
 
     losses = {
-        on: [entry["loss"] for entry in fresh_run(Scenario(around=broken), logging_nan_inf_filter=on).logs]
+        on: [
+            entry["loss"]
+            for entry in fresh_run(Scenario(around=broken), logging_nan_inf_filter=on).logs
+        ]
         for on in (True, False)
     }
     assert losses[True][1] == losses[True][1] and losses[False][1] != losses[False][1]
@@ -280,7 +308,9 @@ def verbosity_kept():
 
 
 def logging_dir(monkeypatch, folder):
-    fresh_run(SCENARIOS["gmpo"], report_to="tensorboard", logging_dir=str(folder / "events"), max_steps=1)
+    fresh_run(
+        SCENARIOS["gmpo"], report_to="tensorboard", logging_dir=str(folder / "events"), max_steps=1
+    )
     (file,) = folder.rglob("*tfevents*")
     assert file.parent == folder / "events"
     other = fresh_run(SCENARIOS["gmpo"], report_to="tensorboard", max_steps=1)
@@ -294,13 +324,17 @@ def log_level(monkeypatch, folder):
 
 
 def log_level_replica(monkeypatch, folder):
-    config = config_of_rank(monkeypatch, folder, node=1, log_level_replica="critical", log_on_each_node=False)
+    config = config_of_rank(
+        monkeypatch, folder, node=1, log_level_replica="critical", log_on_each_node=False
+    )
     assert config.get_process_log_level() == transformers.logging.CRITICAL
 
 
 def log_on_each_node(monkeypatch, folder):
     seen = [
-        config_of_rank(monkeypatch, folder, node=1, log_on_each_node=on, log_level="info").get_process_log_level()
+        config_of_rank(
+            monkeypatch, folder, node=1, log_on_each_node=on, log_level="info"
+        ).get_process_log_level()
         for on in (True, False)
     ]
     assert seen == [transformers.logging.INFO, transformers.logging.WARNING]
@@ -335,7 +369,11 @@ def accelerator_config(monkeypatch, folder):
     assert trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] is True
     trainer = build(SCENARIOS["gmpo"], {}, folder)
     assert "sync_each_batch" not in trainer.accelerator.gradient_state.plugin_kwargs
-    for name, value in {"split_batches": True, "dispatch_batches": True, "even_batches": False}.items():
+    for name, value in {
+        "split_batches": True,
+        "dispatch_batches": True,
+        "even_batches": False,
+    }.items():
         with pytest.raises(ValueError, match=rf"accelerator_config with {name}={value}"):
             GMPOConfig(str(folder), accelerator_config={name: value})
 
@@ -359,7 +397,10 @@ def eval_use_gather_object(monkeypatch, folder):
     from gmpo.trainer import gathered_as_objects
 
     used = Recorder()
-    monkeypatch.setattr("gmpo.trainer.gathered_as_objects", lambda value: (used(value), gathered_as_objects(value))[1])
+    monkeypatch.setattr(
+        "gmpo.trainer.gathered_as_objects",
+        lambda value: (used(value), gathered_as_objects(value))[1],
+    )
     fresh_run(SCENARIOS["evaluate"])
     assert not used.calls
     fresh_run(SCENARIOS["evaluate"], eval_use_gather_object=True)
@@ -371,7 +412,9 @@ def eval_accumulation_steps(monkeypatch, folder):
 
     moves = []
     plain = EvalLoopContainer.to_cpu_and_numpy
-    monkeypatch.setattr(EvalLoopContainer, "to_cpu_and_numpy", lambda self: (moves.append(1), plain(self))[1])
+    monkeypatch.setattr(
+        EvalLoopContainer, "to_cpu_and_numpy", lambda self: (moves.append(1), plain(self))[1]
+    )
     fresh_run(SCENARIOS["evaluate"])
     without = len(moves)
     fresh_run(SCENARIOS["evaluate"], eval_accumulation_steps=1)
@@ -380,7 +423,10 @@ def eval_accumulation_steps(monkeypatch, folder):
 
 def include_for_metrics(monkeypatch, folder):
     def figures(prediction):
-        return {"inputs": int(prediction.inputs is not None), "losses": int(prediction.losses is not None)}
+        return {
+            "inputs": int(prediction.inputs is not None),
+            "losses": int(prediction.losses is not None),
+        }
 
     rows = Dataset.from_list(ROWS[:3])
     scenario = Scenario(
@@ -402,7 +448,10 @@ def output_dir(monkeypatch, folder):
 
 
 def save_on_each_node(monkeypatch, folder):
-    seen = [config_of_rank(monkeypatch, folder, node=1, save_on_each_node=on).should_save for on in (True, False)]
+    seen = [
+        config_of_rank(monkeypatch, folder, node=1, save_on_each_node=on).should_save
+        for on in (True, False)
+    ]
     assert seen == [True, False]
 
 
@@ -416,17 +465,30 @@ def resume_from_checkpoint(monkeypatch, folder):
 def restore_callback_states(monkeypatch, folder):
     patience = {}
     for restore in (False, True):
-        options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "reward", "save_steps": 1}
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "metric_for_best_model": "reward",
+            "save_steps": 1,
+        }
         rows = Dataset.from_list(ROWS[:2])
 
         def arguments(_, rows=rows):
-            return {"eval_dataset": rows, "callbacks": [EarlyStoppingCallback(early_stopping_patience=5)]}
+            return {
+                "eval_dataset": rows,
+                "callbacks": [EarlyStoppingCallback(early_stopping_patience=5)],
+            }
 
-        scenario = Scenario({**options, "num_generations_eval": 2, "save_strategy": "steps"}, arguments=arguments)
+        scenario = Scenario(
+            {**options, "num_generations_eval": 2, "save_strategy": "steps"}, arguments=arguments
+        )
         first = fresh_run(scenario, max_steps=1)
 
         def fresh_callback(_, rows=rows):
-            return {"eval_dataset": rows, "callbacks": [EarlyStoppingCallback(early_stopping_patience=9)]}
+            return {
+                "eval_dataset": rows,
+                "callbacks": [EarlyStoppingCallback(early_stopping_patience=9)],
+            }
 
         scenario = Scenario(scenario.options, arguments=fresh_callback)
         again = fresh_run(
@@ -434,7 +496,11 @@ def restore_callback_states(monkeypatch, folder):
             resume_from_checkpoint=str(first.folder / "out" / "checkpoint-1"),
             restore_callback_states_from_checkpoint=restore,
         )
-        (callback,) = [c for c in again.trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        (callback,) = [
+            c
+            for c in again.trainer.callback_handler.callbacks
+            if isinstance(c, EarlyStoppingCallback)
+        ]
         patience[restore] = callback.early_stopping_patience
     assert patience == {False: 9, True: 5}
 
@@ -462,7 +528,9 @@ def hub_model_id(monkeypatch, folder):
 
 def hub_strategy(monkeypatch, folder):
     paths = {
-        strategy: [call.get("path_in_repo") for call in pushed(monkeypatch, hub_strategy=strategy).uploads]
+        strategy: [
+            call.get("path_in_repo") for call in pushed(monkeypatch, hub_strategy=strategy).uploads
+        ]
         for strategy in ("end", "every_save", "all_checkpoints")
     }
     assert paths["end"] == []
@@ -476,7 +544,9 @@ def hub_always_push(monkeypatch, folder):
 
 
 def hub_revision(monkeypatch, folder):
-    assert {call["revision"] for call in pushed(monkeypatch, hub_revision="draft").uploads} == {"draft"}
+    assert {call["revision"] for call in pushed(monkeypatch, hub_revision="draft").uploads} == {
+        "draft"
+    }
 
 
 # -- several ranks -----------------------------------------------------------------------------------------------------

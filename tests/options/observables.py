@@ -20,7 +20,10 @@ def reference(run: Run) -> Any:
 
 def fingerprints(model: Any) -> dict[str, str]:
     """A few characters for each weight, which every bit of it decides."""
-    raw = {name: value.contiguous().view(torch.uint8).numpy().tobytes() for name, value in model.state_dict().items()}
+    raw = {
+        name: value.contiguous().view(torch.uint8).numpy().tobytes()
+        for name, value in model.state_dict().items()
+    }
     return {name: hashlib.sha256(value).hexdigest()[:8] for name, value in raw.items()}
 
 
@@ -85,7 +88,10 @@ def advantages(run: Run) -> Any:
 
 def columns(run: Run) -> Any:
     """What the reward function gets besides what every one does."""
-    return sorted(set(run.calls[0]) - {"prompts", "completions", "completion_ids", "trainer_state", "log_extra"})
+    return sorted(
+        set(run.calls[0])
+        - {"prompts", "completions", "completion_ids", "trainer_state", "log_extra"}
+    )
 
 
 def files(run: Run) -> Any:
@@ -103,7 +109,9 @@ def checkpoints(run: Run) -> Any:
 
 def training_shapes(run: Run) -> Any:
     """Shapes of what goes through the model with a gradient."""
-    return [call["input_ids"] for call in run.forwards if call["training"] and call.get("input_ids")]
+    return [
+        call["input_ids"] for call in run.forwards if call["training"] and call.get("input_ids")
+    ]
 
 
 def mask_axes(run: Run) -> Any:
@@ -113,7 +121,13 @@ def mask_axes(run: Run) -> Any:
 
 def caches(run: Run) -> Any:
     """Kinds of the caches that the model is called with."""
-    return sorted({type(call["past_key_values"]).__name__ for call in run.forwards if call.get("past_key_values")})
+    return sorted(
+        {
+            type(call["past_key_values"]).__name__
+            for call in run.forwards
+            if call.get("past_key_values")
+        }
+    )
 
 
 def callbacks(run: Run) -> Any:

@@ -15,7 +15,9 @@ class Acts:
     sees: Callable[[Any], Any]
     to: Any = ANOTHER  # what it then gives, if it can be said beforehand
     scenario: str = "gmpo"
-    given: dict[str, Any] = field(default_factory=dict)  # options of the run, with and without this one
+    given: dict[str, Any] = field(
+        default_factory=dict
+    )  # options of the run, with and without this one
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,10 @@ BASE: dict[str, Any] = {
 
 def first_letters(completions, **columns):
     """Early letters of the alphabet are worth more, and a long completion less."""
-    return [sum(1 / (1 + ord(word[0])) for word in words(text)) - 0.01 * len(words(text)) for text in completions]
+    return [
+        sum(1 / (1 + ord(word[0])) for word in words(text)) - 0.01 * len(words(text))
+        for text in completions
+    ]
 
 
 def even_words(completions, **columns):
@@ -64,8 +67,12 @@ class Run:
     folder: Path
     start: dict[str, Tensor]  # weights before the first step
     collections: list[Any] = field(default_factory=list)  # in order, those of evaluations too
-    calls: list[dict[str, Any]] = field(default_factory=list)  # what the reward function was called with
-    forwards: list[dict[str, Any]] = field(default_factory=list)  # what the model was called with; tensors as shapes
+    calls: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what the reward function was called with
+    forwards: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what the model was called with; tensors as shapes
     printed: str = ""
     evaluation: dict[str, float] = field(default_factory=dict)
     compiler: Any = None  # accelerate's plugin, which all Accelerators of a process share
@@ -77,15 +84,23 @@ class Run:
     @property
     def logs(self) -> list[dict[str, float]]:
         """The logs of optimizer steps, without what a clock or the memory says."""
-        return [without_clocks(entry) for entry in self.trainer.state.log_history if "loss" in entry]
+        return [
+            without_clocks(entry) for entry in self.trainer.state.log_history if "loss" in entry
+        ]
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
-        return [without_clocks(entry) for entry in self.trainer.state.log_history if "eval_loss" in entry]
+        return [
+            without_clocks(entry)
+            for entry in self.trainer.state.log_history
+            if "eval_loss" in entry
+        ]
 
 
 def without_clocks(entry: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in entry.items() if not any(clock in name for clock in CLOCKS)}
+    return {
+        name: value for name, value in entry.items() if not any(clock in name for clock in CLOCKS)
+    }
 
 
 # -- scenarios ---------------------------------------------------------------------------------------------------------
@@ -96,7 +111,9 @@ class Scenario:
     """How a run is made: options and trainer arguments on top of the smallest run."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    arguments: Callable[[Path], dict[str, Any]] = lambda folder: {}  # makes them; may write into the folder
+    arguments: Callable[[Path], dict[str, Any]] = (
+        lambda folder: {}
+    )  # makes them; may write into the folder
     cls: type = GMPOTrainer
     act: Callable[[Any], Any] = lambda trainer: trainer.train()
     around: Callable[[Any], Any] = lambda trainer: contextlib.nullcontext()  # while acting
@@ -171,10 +188,17 @@ SCENARIOS: dict[str, Scenario] = {
     "gmpo": Scenario(),
     "grpo": Scenario({"loss_type": "grpo"}, cls=GRPOTrainer),
     "messages": Scenario(
-        arguments=lambda _: {"train_dataset": Dataset.from_list(MESSAGES), "processing_class": polite_tokenizer()}
+        arguments=lambda _: {
+            "train_dataset": Dataset.from_list(MESSAGES),
+            "processing_class": polite_tokenizer(),
+        }
     ),
     "two rewards": Scenario(arguments=lambda _: {"reward_funcs": [first_letters, even_words]}),
-    "even": Scenario(arguments=lambda _: {"reward_funcs": lambda completions, **columns: [1.0] * len(completions)}),
+    "even": Scenario(
+        arguments=lambda _: {
+            "reward_funcs": lambda completions, **columns: [1.0] * len(completions)
+        }
+    ),
     "dropout": Scenario(arguments=lambda _: {"model": tiny_model(attention_dropout=0.5)}),
     "half": Scenario(arguments=lambda _: {"model": tiny_model(dtype=torch.bfloat16)}),
     "mixture": Scenario(arguments=lambda _: {"model": mixture()}),
@@ -195,14 +219,21 @@ SCENARIOS: dict[str, Scenario] = {
     "saving": Scenario({"save_strategy": "steps", "save_steps": 1}),
     "resumed": Scenario({"save_strategy": "steps", "save_steps": 1}, act=resumed),
     "built": Scenario(act=lambda trainer: None),
-    "epochs": Scenario({"max_steps": -1}, arguments=lambda _: {"train_dataset": Dataset.from_list(ROWS[:4])}),
+    "epochs": Scenario(
+        {"max_steps": -1}, arguments=lambda _: {"train_dataset": Dataset.from_list(ROWS[:4])}
+    ),
 }
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def build(scenario: Scenario, options: dict[str, Any], folder: Path, calls: list[dict[str, Any]] | None = None) -> Any:
+def build(
+    scenario: Scenario,
+    options: dict[str, Any],
+    folder: Path,
+    calls: list[dict[str, Any]] | None = None,
+) -> Any:
     """The trainer of a scenario with further options; `calls` gets what its reward functions are called with."""
     keywords = {"output_dir": str(folder / "out"), **BASE, **scenario.options, **options}
     arguments = {
@@ -216,7 +247,9 @@ def build(scenario: Scenario, options: dict[str, Any], folder: Path, calls: list
         arguments["model"] = tiny_model()
     rewards = arguments["reward_funcs"]
     rewards = rewards if isinstance(rewards, list) else [rewards]
-    arguments["reward_funcs"] = [spied(reward, [] if calls is None else calls) for reward in rewards]
+    arguments["reward_funcs"] = [
+        spied(reward, [] if calls is None else calls) for reward in rewards
+    ]
     return scenario.cls(args=scenario.cls.config_class(**keywords), **arguments)
 
 
@@ -235,7 +268,9 @@ def spied(reward: Any, calls: list[dict[str, Any]]) -> Any:
 
 def run(name: str, **options: Any) -> Run:
     """The run of a scenario with these options, made once."""
-    return _run(name, tuple(sorted((key, repr(value)) for key, value in options.items())), Options(options))
+    return _run(
+        name, tuple(sorted((key, repr(value)) for key, value in options.items())), Options(options)
+    )
 
 
 class Options(dict):
@@ -259,7 +294,11 @@ def fresh_run(scenario: Scenario, **options: Any) -> Run:
     trainer = build(scenario, copy.deepcopy(dict(options)), folder, calls)
     result = Run(trainer, folder, start=weights_of(trainer.unwrapped_policy()), calls=calls)
     gc.freeze()  # accelerate collects garbage after each training, which takes longer than these runs
-    with recorded(trainer, result), scenario.around(trainer), contextlib.redirect_stdout(io.StringIO()) as printed:
+    with (
+        recorded(trainer, result),
+        scenario.around(trainer),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         evaluation = scenario.act(trainer)
     result.compiler = trainer.accelerator.state.dynamo_plugin
     result.printed = printed.getvalue()
@@ -285,6 +324,8 @@ def recorded(trainer: Any, result: Run) -> Iterator[None]:
         result.forwards.append({**shapes, "training": module.training})
 
     trainer._report = reporting
-    handle = trainer.unwrapped_policy().base_model.register_forward_pre_hook(calling, with_kwargs=True)
+    handle = trainer.unwrapped_policy().base_model.register_forward_pre_hook(
+        calling, with_kwargs=True
+    )
     yield
     handle.remove()

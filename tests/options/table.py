@@ -14,12 +14,27 @@ KL = {"beta": 0.1}
 SYNCED = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
 ADAPTIVE = {"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 5.0}
 TRUNCATE = {"vllm_importance_sampling_mode": "token_truncate"}
-BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.1}
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "learning_rate": 0.1,
+}
 WITHOUT_VLLM = "would do nothing. Set use_vllm=True"
 EXCEPTIONS = {  # field -> (a value, why nothing can be felt of it); only what no Trainer reads belongs here
-    "do_train": (True, "for the user's own script: no Trainer reads it, and the config keeps it for the script"),
-    "do_predict": (True, "for the user's own script: no Trainer reads it, and the config keeps it for the script"),
-    "local_rank": (0, "old launchers put it on the command line; the rank itself is taken from the environment"),
+    "do_train": (
+        True,
+        "for the user's own script: no Trainer reads it, and the config keeps it for the script",
+    ),
+    "do_predict": (
+        True,
+        "for the user's own script: no Trainer reads it, and the config keeps it for the script",
+    ),
+    "local_rank": (
+        0,
+        "old launchers put it on the command line; the rank itself is taken from the environment",
+    ),
 }
 
 
@@ -47,12 +62,18 @@ REWARD: dict[str, Row] = {
 }
 POLICY: dict[str, Row] = {
     "model_init_kwargs": Acts(
-        {"dtype": "bfloat16"}, lambda run: str(run.trainer.model.dtype), to="torch.bfloat16", scenario="by path"
+        {"dtype": "bfloat16"},
+        lambda run: str(run.trainer.model.dtype),
+        to="torch.bfloat16",
+        scenario="by path",
     ),
     "trust_remote_code": Checked(checks.trust_remote_code),
     "disable_dropout": Acts(True, o.weights, scenario="dropout"),
     "cast_lm_head_to_fp32": Acts(
-        True, lambda run: str(run.trainer.model.lm_head.weight.dtype), to="torch.float32", scenario="half"
+        True,
+        lambda run: str(run.trainer.model.lm_head.weight.dtype),
+        to="torch.float32",
+        scenario="half",
     ),
     "router_aux_loss_coef": Acts(1.0, o.weights, scenario="mixture"),
     "pad_to_multiple_of": Acts(
@@ -106,7 +127,9 @@ ROLLOUT: dict[str, Row] = {
     "generation_kwargs": Acts({"max_new_tokens": 2}, o.longest, to=2),
     "chat_template_kwargs": Acts({"polite": True}, o.prompts, scenario="messages"),
     "generation_engine": Acts("generate", o.engine, to="GenerateEngine"),
-    "cache_implementation": Acts("static", o.caches, to=["StaticCache"], given={"generation_engine": "generate"}),
+    "cache_implementation": Acts(
+        "static", o.caches, to=["StaticCache"], given={"generation_engine": "generate"}
+    ),
     "use_transformers_continuous_batching": Acts(True, o.engine, to="ContinuousEngine"),
     "transformers_continuous_batching_config": Acts(
         {"page_size": 16},
@@ -139,7 +162,9 @@ ROLLOUT: dict[str, Row] = {
     "vllm_engine_kwargs": Refused({"enforce_eager": True}, WITHOUT_VLLM),
 }
 REPORT: dict[str, Row] = {
-    "log_completions": Acts(True, lambda run: any("completions/train_" in name for name in o.files(run)), to=True),
+    "log_completions": Acts(
+        True, lambda run: any("completions/train_" in name for name in o.files(run)), to=True
+    ),
     "num_completions_to_print": Acts(0, o.printed, given={"log_completions": True}),
     "log_unique_prompts": Checked(checks.log_unique_prompts),
     "log_completions_hub_repo": Checked(checks.log_completions_hub_repo),
@@ -154,7 +179,10 @@ SCHEDULE: dict[str, Row] = {
     "learning_rate": Acts(1e-3, o.rates, to=[1e-3, 5e-4]),
     "lr_scheduler_type": Acts("constant", o.rates, to=[1e-2, 1e-2]),
     "lr_scheduler_kwargs": Acts(
-        {"min_lr": 9e-3}, o.rates, to=[1e-2, 9.5e-3], given=COSINE | {"lr_scheduler_kwargs": {"min_lr": 0.0}}
+        {"min_lr": 9e-3},
+        o.rates,
+        to=[1e-2, 9.5e-3],
+        given=COSINE | {"lr_scheduler_kwargs": {"min_lr": 0.0}},
     ),
     "warmup_steps": Acts(2, o.rates, to=[0.0, 5e-3]),
     "warmup_ratio": Acts(1.0, o.rates, to=[0.0, 5e-3]),
@@ -181,18 +209,28 @@ SCHEDULE: dict[str, Row] = {
 MODEL: dict[str, Row] = {
     "bf16": Acts(True, o.losses),
     "fp16": Refused(True, "fp16"),
-    "bf16_full_eval": Acts(True, lambda run: str(run.trainer.model.dtype), to="torch.bfloat16", scenario="evaluate"),
-    "fp16_full_eval": Acts(True, lambda run: str(run.trainer.model.dtype), to="torch.float16", scenario="evaluate"),
+    "bf16_full_eval": Acts(
+        True, lambda run: str(run.trainer.model.dtype), to="torch.bfloat16", scenario="evaluate"
+    ),
+    "fp16_full_eval": Acts(
+        True, lambda run: str(run.trainer.model.dtype), to="torch.float16", scenario="evaluate"
+    ),
     "tf32": Checked(checks.tf32),
-    "gradient_checkpointing": Acts(True, lambda run: run.trainer.model.is_gradient_checkpointing, to=True),
+    "gradient_checkpointing": Acts(
+        True, lambda run: run.trainer.model.is_gradient_checkpointing, to=True
+    ),
     "gradient_checkpointing_kwargs": Acts(
         {"use_reentrant": True},
-        lambda run: run.trainer.model.model.layers[0]._gradient_checkpointing_func.keywords["use_reentrant"],
+        lambda run: run.trainer.model.model.layers[0]._gradient_checkpointing_func.keywords[
+            "use_reentrant"
+        ],
         to=True,
         given={"gradient_checkpointing": True},
     ),
     "torch_compile": Checked(checks.torch_compile),
-    "torch_compile_backend": Acts("eager", lambda run: run.compiler.backend.name, to="EAGER", scenario="built"),
+    "torch_compile_backend": Acts(
+        "eager", lambda run: run.compiler.backend.name, to="EAGER", scenario="built"
+    ),
     "torch_compile_mode": Acts(
         "reduce-overhead", lambda run: run.compiler.mode, to="reduce-overhead", scenario="built"
     ),
@@ -214,7 +252,9 @@ LOGS: dict[str, Row] = {
     "log_level_replica": Checked(checks.log_level_replica),
     "log_on_each_node": Checked(checks.log_on_each_node),
     "disable_tqdm": Acts(False, lambda run: "ProgressCallback" in o.callbacks(run), to=True),
-    "report_to": Acts("tensorboard", lambda run: "TensorBoardCallback" in o.callbacks(run), to=True),
+    "report_to": Acts(
+        "tensorboard", lambda run: "TensorBoardCallback" in o.callbacks(run), to=True
+    ),
     "run_name": Checked(checks.run_name),
     "project": Checked(checks.project),
     "trackio_space_id": Checked(checks.trackio_space_id),
@@ -224,14 +264,20 @@ LOGS: dict[str, Row] = {
     "debug": Checked(checks.debug),
 }
 EVALUATION: dict[str, Row] = {
-    "eval_strategy": Acts("epoch", o.evaluated_steps, to=[2], scenario="eval", given={"eval_strategy": "no"}),
+    "eval_strategy": Acts(
+        "epoch", o.evaluated_steps, to=[2], scenario="eval", given={"eval_strategy": "no"}
+    ),
     "eval_steps": Acts(2, o.evaluated_steps, to=[2], scenario="eval"),
     "eval_delay": Acts(2, o.evaluated_steps, to=[2], scenario="eval"),
     "eval_on_start": Acts(True, o.evaluated_steps, to=[0, 1, 2], scenario="eval"),
     "do_eval": Acts(True, lambda run: run.args.do_eval, to=True),
     "per_device_eval_batch_size": Acts(2, o.collected, to=[2, 2, 2], scenario="evaluate"),
-    "prediction_loss_only": Acts(True, lambda run: "eval_predictions" in run.evaluation, to=False, scenario="evaluate"),
-    "eval_do_concat_batches": Acts(False, lambda run: run.evaluation["eval_predictions"], to=2, scenario="evaluate"),
+    "prediction_loss_only": Acts(
+        True, lambda run: "eval_predictions" in run.evaluation, to=False, scenario="evaluate"
+    ),
+    "eval_do_concat_batches": Acts(
+        False, lambda run: run.evaluation["eval_predictions"], to=2, scenario="evaluate"
+    ),
     "eval_use_gather_object": Checked(checks.eval_use_gather_object),
     "eval_accumulation_steps": Checked(checks.eval_accumulation_steps),
     "include_for_metrics": Checked(checks.include_for_metrics),
@@ -240,12 +286,19 @@ EVALUATION: dict[str, Row] = {
 SAVING: dict[str, Row] = {
     "output_dir": Checked(checks.output_dir),
     "save_strategy": Acts(
-        "epoch", o.checkpoints, to=["checkpoint-2"], scenario="epochs", given={"num_train_epochs": 1}
+        "epoch",
+        o.checkpoints,
+        to=["checkpoint-2"],
+        scenario="epochs",
+        given={"num_train_epochs": 1},
     ),
     "save_steps": Acts(2, o.checkpoints, to=["checkpoint-2"], scenario="saving"),
     "save_total_limit": Acts(1, o.checkpoints, to=["checkpoint-2"], scenario="saving"),
     "save_only_model": Acts(
-        True, lambda run: any("optimizer" in name for name in o.files(run)), to=False, scenario="saving"
+        True,
+        lambda run: any("optimizer" in name for name in o.files(run)),
+        to=False,
+        scenario="saving",
     ),
     "save_on_each_node": Checked(checks.save_on_each_node),
     "enable_jit_checkpoint": Acts(
@@ -268,7 +321,11 @@ SAVING: dict[str, Row] = {
         lambda run: run.trainer.state.best_metric,
         scenario="eval",
         given=BEST
-        | {"load_best_model_at_end": True, "metric_for_best_model": "eval_entropy", "greater_is_better": False},
+        | {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_entropy",
+            "greater_is_better": False,
+        },
     ),
     "resume_from_checkpoint": Checked(checks.resume_from_checkpoint),
     "ignore_data_skip": Acts(
@@ -294,7 +351,11 @@ LOADING: dict[str, Row] = {
         False, lambda run: run.args.dataloader_pin_memory, to=False, given={"use_cpu": False}
     ),
     "dataloader_persistent_workers": Acts(
-        True, o.loader("persistent_workers"), to=True, given={"dataloader_num_workers": 1}, scenario="built"
+        True,
+        o.loader("persistent_workers"),
+        to=True,
+        given={"dataloader_num_workers": 1},
+        scenario="built",
     ),
     "dataloader_prefetch_factor": Acts(
         5, o.loader("prefetch_factor"), to=5, given={"dataloader_num_workers": 1}, scenario="built"
@@ -318,9 +379,15 @@ RANKS: dict[str, Row] = {
         scenario="built",
         given={"ddp_find_unused_parameters": False},
     ),
-    "ddp_bucket_cap_mb": Acts(5, o.accelerator("ddp_handler.bucket_cap_mb"), to=5, scenario="built"),
-    "ddp_broadcast_buffers": Acts(False, o.accelerator("ddp_handler.broadcast_buffers"), to=False, scenario="built"),
-    "ddp_static_graph": Acts(True, o.accelerator("ddp_handler.static_graph"), to=True, scenario="built"),
+    "ddp_bucket_cap_mb": Acts(
+        5, o.accelerator("ddp_handler.bucket_cap_mb"), to=5, scenario="built"
+    ),
+    "ddp_broadcast_buffers": Acts(
+        False, o.accelerator("ddp_handler.broadcast_buffers"), to=False, scenario="built"
+    ),
+    "ddp_static_graph": Acts(
+        True, o.accelerator("ddp_handler.static_graph"), to=True, scenario="built"
+    ),
     "ddp_backend": Checked(checks.ddp_backend),
     "ddp_timeout": Checked(checks.ddp_timeout),
     "fsdp": Checked(checks.fsdp),
@@ -328,5 +395,19 @@ RANKS: dict[str, Row] = {
     "deepspeed": Checked(checks.deepspeed),
 }
 
-PARTS = (DATA, REWARD, POLICY, OBJECTIVE, ROLLOUT, REPORT, SCHEDULE, MODEL, LOGS, EVALUATION, SAVING, LOADING, RANKS)
+PARTS = (
+    DATA,
+    REWARD,
+    POLICY,
+    OBJECTIVE,
+    ROLLOUT,
+    REPORT,
+    SCHEDULE,
+    MODEL,
+    LOGS,
+    EVALUATION,
+    SAVING,
+    LOADING,
+    RANKS,
+)
 TABLE: dict[str, Row] = {name: row for part in PARTS for name, row in part.items()}

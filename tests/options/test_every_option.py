@@ -14,12 +14,16 @@ from tests.options.rows import ANOTHER, Acts, Checked, Refused
 from tests.options.runs import BASE, SCENARIOS, build, fresh_run, run
 from tests.options.table import EXCEPTIONS, PARTS, TABLE
 
-FIELDS = {f.name for config in (GMPOConfig, GRPOConfig) for f in dataclasses.fields(config) if f.init}
+FIELDS = {
+    f.name for config in (GMPOConfig, GRPOConfig) for f in dataclasses.fields(config) if f.init
+}
 
 
 def rows(kind):
     """Parameters (option, row) of every row of a kind."""
-    return [pytest.param(name, row, id=name) for name, row in TABLE.items() if isinstance(row, kind)]
+    return [
+        pytest.param(name, row, id=name) for name, row in TABLE.items() if isinstance(row, kind)
+    ]
 
 
 def test_every_option_has_one_row_and_no_row_is_left_over():
@@ -46,7 +50,10 @@ def test_a_run_made_twice_is_the_same(name):
 
 @pytest.mark.parametrize(("name", "row"), rows(Acts))
 def test_an_option_acts(name, row):
-    without, with_it = run(row.scenario, **row.given), run(row.scenario, **{**row.given, name: row.value})
+    without, with_it = (
+        run(row.scenario, **row.given),
+        run(row.scenario, **{**row.given, name: row.value}),
+    )
     before, after = row.sees(without), row.sees(with_it)
     assert after != before, f"{name}={row.value!r} changes nothing"
     if row.to is not ANOTHER:
@@ -54,11 +61,19 @@ def test_an_option_acts(name, row):
         assert after == (pytest.approx(expected) if row.sees is rates else expected)
 
 
-@pytest.mark.parametrize("copied", [dataclasses.replace, lambda c: type(c)(**c.to_dict())], ids=["replace", "to_dict"])
+@pytest.mark.parametrize(
+    "copied", [dataclasses.replace, lambda c: type(c)(**c.to_dict())], ids=["replace", "to_dict"]
+)
 @pytest.mark.parametrize(("name", "row"), rows(Acts))
 def test_a_copy_of_a_config_has_the_option_too(name, row, copied, tmp_path):
     scenario = SCENARIOS[row.scenario]
-    options = {"output_dir": str(tmp_path), **BASE, **scenario.options, **row.given, name: row.value}
+    options = {
+        "output_dir": str(tmp_path),
+        **BASE,
+        **scenario.options,
+        **row.given,
+        name: row.value,
+    }
     config = scenario.cls.config_class(**options)
     assert copied(config).to_dict() == config.to_dict()
 

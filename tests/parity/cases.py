@@ -31,15 +31,21 @@ MODES = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_ma
 class Case:
     member: str
     options: dict[str, Any]
-    rows: dict[str, Tensor]  # float64 [B, T]: logps, old_logps, ref_logps, sampler_logps, entropy; mask; [B]: the rest
+    rows: dict[
+        str, Tensor
+    ]  # float64 [B, T]: logps, old_logps, ref_logps, sampler_logps, entropy; mask; [B]: the rest
     micro_batches: int = 1  # that the rows are cut into, all of one optimizer step
     windows: int = 1  # optimizer steps that the collection makes, this being one of them
     other_tokens: int = 0  # counted tokens of the other ones
-    other: dict[str, Any] = field(default_factory=dict)  # what only the trainers know of, as mask_truncated_completions
+    other: dict[str, Any] = field(
+        default_factory=dict
+    )  # what only the trainers know of, as mask_truncated_completions
 
     @property
     def name(self) -> str:
-        options = ", ".join(f"{k}={v}" for k, v in {**self.options, **self.other}.items() if k != "loss_type")
+        options = ", ".join(
+            f"{k}={v}" for k, v in {**self.options, **self.other}.items() if k != "loss_type"
+        )
         return f"{self.member}({options}) in {self.micro_batches} micro-batch(es)"
 
 
@@ -89,7 +95,9 @@ def correction_options(mode: str | None) -> dict[str, Any]:
     }
 
 
-def case(member: str, *, seed: int, mode: str | None = None, empty: bool = False, **fields: Any) -> Case:
+def case(
+    member: str, *, seed: int, mode: str | None = None, empty: bool = False, **fields: Any
+) -> Case:
     """A case with random rows.
 
     Args:
@@ -99,17 +107,26 @@ def case(member: str, *, seed: int, mode: str | None = None, empty: bool = False
     ours = ("micro_batches", "windows", "other_tokens", "other")
     own = {name: fields.pop(name) for name in ours if name in fields}
     window = WINDOWS.get(member, {"epsilon": 0.2, "epsilon_high": 0.28})
-    options = {"use_bias_correction_kl": False, **window, **correction_options(mode), **fields}  # defaults differ
+    options = {
+        "use_bias_correction_kl": False,
+        **window,
+        **correction_options(mode),
+        **fields,
+    }  # defaults differ
     if member != "gmpo":
         options["loss_type"] = member
-    return Case(member, options, random_rows(torch.Generator().manual_seed(seed), empty=empty), **own)
+    return Case(
+        member, options, random_rows(torch.Generator().manual_seed(seed), empty=empty), **own
+    )
 
 
 def grid() -> Iterator[Case]:
     """Every member with everything that modifies it, as far as both sides mean the same by it."""
     axes = itertools.product(MEMBERS, ("token", "sequence"), KL, MODES, (1.0, 0.5), (None, 0.05))
     kept = [axis for axis in axes if comparable(*axis)]
-    kept += 20 * [axis for axis in kept if axis[0] == "gmpo"]  # little modifies it on both sides: more draws instead
+    kept += 20 * [
+        axis for axis in kept if axis[0] == "gmpo"
+    ]  # little modifies it on both sides: more draws instead
     for seed, (member, level, kl, mode, quantile, threshold) in enumerate(kept):
         draw = random.Random(seed)
         options: dict[str, Any] = kl | drawn_options(member, draw)
@@ -119,7 +136,9 @@ def grid() -> Iterator[Case]:
             options["off_policy_mask_threshold"] = threshold
         bonus = member != "gmpo" and quantile == 1.0 and draw.random() < 0.3
         options |= {"entropy_coef": 0.05} if bonus else {"top_entropy_quantile": quantile}
-        whole = bonus or (member == "gmpo" and quantile < 1.0)  # else a row might be left without selected tokens
+        whole = bonus or (
+            member == "gmpo" and quantile < 1.0
+        )  # else a row might be left without selected tokens
         yield case(
             member,
             seed=seed,
@@ -131,10 +150,17 @@ def grid() -> Iterator[Case]:
 
 
 def comparable(
-    member: str, level: str, kl: dict[str, Any], mode: str | None, quantile: float, threshold: float | None
+    member: str,
+    level: str,
+    kl: dict[str, Any],
+    mode: str | None,
+    quantile: float,
+    threshold: float | None,
 ) -> bool:
     """Whether both sides mean the same; test_differences.py has what they don't."""
-    if member == "gmpo" and (level == "sequence" or mode or threshold or kl.get("use_bias_correction_kl")):
+    if member == "gmpo" and (
+        level == "sequence" or mode or threshold or kl.get("use_bias_correction_kl")
+    ):
         return False
     if member == "vespo" and level == "sequence":
         return False  # it has no level
@@ -150,5 +176,10 @@ def drawn_options(member: str, draw: random.Random) -> dict[str, Any]:
     if member == "sapo":
         return {"sapo_temperature_pos": 1.3, "sapo_temperature_neg": 2.1}
     if member == "vespo":
-        return {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0}
+        return {
+            "vespo_k_pos": 1.5,
+            "vespo_lambda_pos": 2.0,
+            "vespo_k_neg": 2.5,
+            "vespo_lambda_neg": 1.0,
+        }
     return {} if member == "cispo" else {"delta": 1.5}

@@ -23,7 +23,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -49,5 +53,7 @@ def peer(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     if python is None:
         pytest.skip(MISSING)
     program = "tests.parity.peer_program:serve"
-    with Worker(python, program, folder=str(model_folder), max_completion_length=MAX_COMPLETION_LENGTH) as worker:
+    with Worker(
+        python, program, folder=str(model_folder), max_completion_length=MAX_COMPLETION_LENGTH
+    ) as worker:
         yield Peer(worker, tmp_path_factory.mktemp("peer"))

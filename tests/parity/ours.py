@@ -15,7 +15,9 @@ from tests.parity.cases import MAX_COMPLETION_LENGTH, Case
 def loss_and_gradients(case: Case) -> dict[str, Tensor]:
     """The loss, and its gradients in "logps" and "entropy"."""
     leaves = {name: case.rows[name].clone().requires_grad_() for name in ("logps", "entropy")}
-    inputs = {name: value for name, value in case.rows.items() if name not in ("lengths", "truncated")} | leaves
+    inputs = {
+        name: value for name, value in case.rows.items() if name not in ("lengths", "truncated")
+    } | leaves
     written = case.rows["mask"]
     if case.other.get("mask_truncated_completions"):
         inputs["mask"] = written & ~case.rows["truncated"][:, None]
@@ -31,11 +33,16 @@ def loss_and_gradients(case: Case) -> dict[str, Tensor]:
             micro_batches=case.micro_batches,
             max_completion_length=MAX_COMPLETION_LENGTH,
         )
-        x = objective_inputs(part, top_entropy_quantile=case.options.get("top_entropy_quantile", 1.0))
+        x = objective_inputs(
+            part, top_entropy_quantile=case.options.get("top_entropy_quantile", 1.0)
+        )
         loss, _ = objective.loss(x, counts, entropy_coef=case.options.get("entropy_coef", 0.0))
         loss.backward()
         total += loss.detach()
-    gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    gradients = {
+        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in leaves.items()
+    }
     return {"loss": total, **gradients}
 
 

@@ -40,7 +40,12 @@ def serve(channel: Any, *, folder: str, max_completion_length: int) -> None:
 def make_trainer(folder: str, *, gmpo: bool, **options: Any) -> Any:
     config_class, trainer_class = (GMPOConfig, GMPOTrainer) if gmpo else (GRPOConfig, GRPOTrainer)
     config = config_class(
-        f"{folder}/run", use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, **options
+        f"{folder}/run",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        gradient_checkpointing=False,
+        **options,
     )
     trainer = trainer_class(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
@@ -73,7 +78,9 @@ def losses(make: Callable[..., Any], *, cases: str, tensors: str, out: str) -> N
     trainers = {gmpo: Programmable(make(gmpo=gmpo)) for gmpo in (False, True)}
     answers = {}
     for number, (case, values) in enumerate(zip(listed, rows, strict=True)):
-        for name, value in trainers[case["member"] == "gmpo"].loss_and_gradients(case, values).items():
+        for name, value in (
+            trainers[case["member"] == "gmpo"].loss_and_gradients(case, values).items()
+        ):
             answers[f"{number}/{name}"] = value.contiguous()
     save_file(answers, out)
 
@@ -88,12 +95,16 @@ class Programmable:
         trainer._get_per_token_logps_and_entropies = self._scores
         trainer._generate = self._generate
 
-    def loss_and_gradients(self, case: dict[str, Any], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_and_gradients(
+        self, case: dict[str, Any], values: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         self.values, self.part = values, slice(None)
         self.leaves = {name: values[name].clone().requires_grad_() for name in ("logps", "entropy")}
         num_rows = len(values["advantages"])
         self._program(case, num_rows)
-        inputs = self.trainer._generate_and_score_completions([{"prompt": "a"} for _ in range(num_rows)])
+        inputs = self.trainer._generate_and_score_completions(
+            [{"prompt": "a"} for _ in range(num_rows)]
+        )
         inputs |= {"advantages": values["advantages"], "old_per_token_logps": values["old_logps"]}
         inputs.setdefault("sampling_per_token_logps", values["sampler_logps"])
         inputs["num_items_in_batch"] = inputs["num_items_in_batch"] + case["other_tokens"]
@@ -105,7 +116,9 @@ class Programmable:
             loss = self.trainer.compute_loss(self.trainer.model, part)
             loss.backward()
             total += loss.detach()
-        gradients = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in self.leaves.items()}
+        gradients = {
+            k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in self.leaves.items()
+        }
         return {"loss": total, **gradients}
 
     def _program(self, case: dict[str, Any], num_rows: int) -> None:
@@ -131,10 +144,19 @@ class Programmable:
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         tokenizer = self.trainer.processing_class
         lengths = self.values["lengths"].tolist()
-        last = [tokenizer.bos_token_id if cut else tokenizer.eos_token_id for cut in self.values["truncated"].tolist()]
+        last = [
+            tokenizer.bos_token_id if cut else tokenizer.eos_token_id
+            for cut in self.values["truncated"].tolist()
+        ]
         ids = [[5] * (length - 1) + [end] for length, end in zip(lengths, last, strict=True)]
-        written = [row[:length] for row, length in zip(self.values["mask"].int().tolist(), lengths, strict=True)]
-        reports = [row[:length] for row, length in zip(self.values["sampler_logps"].tolist(), lengths, strict=True)]
+        written = [
+            row[:length]
+            for row, length in zip(self.values["mask"].int().tolist(), lengths, strict=True)
+        ]
+        reports = [
+            row[:length]
+            for row, length in zip(self.values["sampler_logps"].tolist(), lengths, strict=True)
+        ]
         return [[4]] * len(ids), ids, written, ["b"] * len(ids), reports, {}, None, []
 
     def _scores(self, model: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
@@ -147,7 +169,9 @@ class Programmable:
 # -- few losses, through a model ---------------------------------------------------------------------------------------
 
 
-def gradients(make: Callable[..., Any], *, options: dict[str, Any], gmpo: bool, batch: str, out: str) -> None:
+def gradients(
+    make: Callable[..., Any], *, options: dict[str, Any], gmpo: bool, batch: str, out: str
+) -> None:
     """The loss of a batch through the model, and the gradient of every parameter.
 
     Args:

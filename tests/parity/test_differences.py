@@ -52,16 +52,22 @@ DIFFERENCES = {
         "grpo", seed=8, beta=0.1, use_bias_correction_kl=True, importance_sampling_level="sequence"
     ),
     # The bonus is the mean over the tokens of the optimizer batch; the peer averages the means of its micro-batches.
-    "entropy_bonus_over_several_micro_batches": case("grpo", seed=9, entropy_coef=0.5, micro_batches=2),
+    "entropy_bonus_over_several_micro_batches": case(
+        "grpo", seed=9, entropy_coef=0.5, micro_batches=2
+    ),
     # The bonus keeps all tokens, as the KL does; the peer takes those alone that the selection by entropy keeps.
-    "entropy_bonus_beside_a_selection_by_entropy": case("grpo", seed=10, entropy_coef=0.5, top_entropy_quantile=0.5),
+    "entropy_bonus_beside_a_selection_by_entropy": case(
+        "grpo", seed=10, entropy_coef=0.5, top_entropy_quantile=0.5
+    ),
     # Truncated completions stay in the denominators, so that masking them makes no other row's step larger.
     "dapo_with_truncated_completions": truncated(case("dapo", seed=11)),
     "bnpo_with_truncated_completions": truncated(case("bnpo", seed=12)),
     "cispo_with_truncated_completions": truncated(case("cispo", seed=13)),
     "vespo_with_truncated_completions": truncated(case("vespo", seed=14)),
     # A token that the sampler reported nothing of counts with the old policy's log-prob; the peer takes no drift.
-    "off_policy_mask_with_unreported_tokens": with_unreported(case("grpo", seed=15, off_policy_mask_threshold=0.05)),
+    "off_policy_mask_with_unreported_tokens": with_unreported(
+        case("grpo", seed=15, off_policy_mask_threshold=0.05)
+    ),
 }
 OVERFLOWS = {  # The peer's loss or gradient is NaN, since it bounds the ratio after taking the exponential.
     "gmpo_without_advantage": with_runaway(case("gmpo", seed=20), advantage=0.0),
@@ -77,7 +83,9 @@ def answers(peer: Peer) -> dict[str, dict[str, Tensor]]:
 
 
 def differ(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return any(not torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6) for name in theirs)
+    return any(
+        not torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6) for name in theirs
+    )
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
@@ -97,14 +105,20 @@ def test_a_row_without_tokens_adds_its_advantage_to_the_peers_gmpo_and_nothing_t
     (theirs,) = peer.losses([empty])
     ours = loss_and_gradients(empty)
     advantages: Any = empty.rows["advantages"]
-    torch.testing.assert_close(ours["loss"], theirs["loss"] + advantages[-1] / len(advantages), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        ours["loss"], theirs["loss"] + advantages[-1] / len(advantages), rtol=1e-10, atol=0
+    )
     torch.testing.assert_close(ours["logps"], theirs["logps"], rtol=1e-10, atol=1e-12)
 
 
-def test_the_peer_divides_by_the_collections_average_of_tokens_and_we_by_the_optimizer_batchs_own(peer):
+def test_the_peer_divides_by_the_collections_average_of_tokens_and_we_by_the_optimizer_batchs_own(
+    peer,
+):
     first = case("dapo", seed=31, windows=2, other_tokens=7)
     (theirs,) = peer.losses([first])
     own = float(first.rows["mask"].sum())
     ours = loss_and_gradients(first)
     assert own != (own + 7) / 2
-    torch.testing.assert_close(ours["logps"] * own, theirs["logps"] * (own + 7) / 2, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        ours["logps"] * own, theirs["logps"] * (own + 7) / 2, rtol=1e-10, atol=1e-12
+    )

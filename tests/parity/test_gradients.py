@@ -48,7 +48,9 @@ def plain_logps(model: Any, batch: Batch) -> Tensor:
         prompt = batch.prompt_ids[row]
         ids = torch.cat([prompt, batch.completion_ids[row, :length]])
         distribution = (model(ids[None]).logits[0] / TEMPERATURE).log_softmax(-1)
-        logps[row, :length] = distribution[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0]
+        logps[row, :length] = distribution[len(prompt) - 1 : -1].gather(
+            1, ids[len(prompt) :, None]
+        )[:, 0]
     return logps
 
 
@@ -111,13 +113,19 @@ def answers(peer: Peer, batch: Batch) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def our_gradients(name: str, batch: Batch, folder: Path, tmp_path: Path, **options: Any) -> dict[str, Tensor]:
-    trainer_class, config_class = (GMPOTrainer, GMPOConfig) if name.startswith("gmpo") else (GRPOTrainer, GRPOConfig)
+def our_gradients(
+    name: str, batch: Batch, folder: Path, tmp_path: Path, **options: Any
+) -> dict[str, Tensor]:
+    trainer_class, config_class = (
+        (GMPOTrainer, GMPOConfig) if name.startswith("gmpo") else (GRPOTrainer, GRPOConfig)
+    )
     options = {**SHARED, "steps_per_generation": 2, **OPTIONS[name], **options}
     trainer = trainer_class(
         AutoModelForCausalLM.from_pretrained(folder),
         lambda completions, **_: [0.0] * len(completions),
-        args=config_class(str(tmp_path), use_cpu=True, report_to="none", gradient_checkpointing=False, **options),
+        args=config_class(
+            str(tmp_path), use_cpu=True, report_to="none", gradient_checkpointing=False, **options
+        ),
         train_dataset=Dataset.from_dict({"prompt": ["a", "b", "c", "d"]}),
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
@@ -132,7 +140,9 @@ def our_gradients(name: str, batch: Batch, folder: Path, tmp_path: Path, **optio
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_loss_and_every_gradient_are_the_peers(name, layout, answers, batch, model_folder, tmp_path):
+def test_loss_and_every_gradient_are_the_peers(
+    name, layout, answers, batch, model_folder, tmp_path
+):
     ours = our_gradients(name, batch, model_folder, tmp_path, batch_layout=layout)
     theirs = answers[name]
     assert ours.keys() == theirs.keys()

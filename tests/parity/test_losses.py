@@ -31,5 +31,9 @@ def test_loss_and_gradient_are_the_peers(member, answers):
 def compare(case: Case, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     for name, expected in theirs.items():
         torch.testing.assert_close(
-            ours[name], expected, rtol=1e-5, atol=1e-8, msg=lambda text, n=name: f"{n} of {case.name}: {text}"
+            ours[name],
+            expected,
+            rtol=1e-5,
+            atol=1e-8,
+            msg=lambda text, n=name: f"{n} of {case.name}: {text}",
         )

@@ -33,10 +33,20 @@ MODELS = {
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "gpt2": (
         "GPT2",
-        {"n_embd": 32, "n_head": 4, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        {
+            "n_embd": 32,
+            "n_head": 4,
+            "n_layer": 2,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
     ),
     "mistral-window": ("Mistral", {"sliding_window": 3}),
-    "gemma2-window-softcap": ("Gemma2", {"head_dim": 8, "sliding_window": 3, "final_logit_softcapping": 2.0}),
+    "gemma2-window-softcap": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 3, "final_logit_softcapping": 2.0},
+    ),
     "gemma3-window": ("Gemma3Text", {"head_dim": 8, "sliding_window": 3, "layer_types": BOTH}),
     "cohere-scale": ("Cohere", {"logit_scale": 0.3}),
     "granite-scale": ("Granite", {"logits_scaling": 6.0}),
@@ -65,7 +75,9 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, **options) -> nn.M
     return model.train()
 
 
-def make_batch(*, groups: int = 3, group_size: int = 3, seed: int = 0, longest: int = 8, holes: bool = True) -> Batch:
+def make_batch(
+    *, groups: int = 3, group_size: int = 3, seed: int = 0, longest: int = 8, holes: bool = True
+) -> Batch:
     """Ragged rows: one empty completion, one of `longest` tokens, and tokens inside that are not trained on."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -105,7 +117,9 @@ def naive_scores(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tu
 def weighted(logps: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
     """A loss of rows that is not linear in their scores, and different for each."""
     strength = (rows + 1.0)[:, None]
-    return (strength * (logps.sum(1, keepdim=True) * 0.1).exp()).sum() + (strength.cos() * entropy.square()).sum()
+    return (strength * (logps.sum(1, keepdim=True) * 0.1).exp()).sum() + (
+        strength.cos() * entropy.square()
+    ).sum()
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
@@ -114,7 +128,9 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], *, rtol: float, atol: float) -> None:
+def assert_same_gradients(
+    found: dict[str, Tensor], expected: dict[str, Tensor], *, rtol: float, atol: float
+) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(

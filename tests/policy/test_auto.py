@@ -55,7 +55,9 @@ class Spying(Scorer):
 
 CHOICES = {
     "shared_prefix": rows_of((20, [5, 6, 7, 8])),  # 20 + 22 instead of 4 * 27 tokens
-    "packed": rows_of((3, [30]), (3, [2]), (3, [2]), (3, [2])),  # 32 + 3 * 4 in one row instead of 4 * 32
+    "packed": rows_of(
+        (3, [30]), (3, [2]), (3, [2]), (3, [2])
+    ),  # 32 + 3 * 4 in one row instead of 4 * 32
     "padded": rows_of((3, [5]), (3, [5])),  # nothing to gain
 }
 
@@ -93,7 +95,9 @@ def test_a_model_that_ignores_our_masks_falls_back_with_a_warning():
     with pytest.warns(UserWarning, match=r"leaves out 'shared_prefix' .* differ by .* nats"):
         scores = scorer.scores(break_masks(model), batch)
     torch.testing.assert_close(scores.logps, expected, rtol=1e-6, atol=1e-6)
-    assert scorer.kinds == ["padded"] or scorer.kinds == ["packed"]  # packing is found from positions, without a mask
+    assert scorer.kinds == ["padded"] or scorer.kinds == [
+        "packed"
+    ]  # packing is found from positions, without a mask
 
 
 def test_a_model_that_fails_on_our_masks_falls_back_with_a_warning():
@@ -105,14 +109,17 @@ def test_a_model_that_fails_on_our_masks_falls_back_with_a_warning():
         return plain(*args, attention_mask=attention_mask, **kwargs)
 
     model.model.forward = types.MethodType(forward, model.model)
-    with pytest.warns(UserWarning, match="the model fails with AssertionError: no masks but my own"):
+    with pytest.warns(
+        UserWarning, match="the model fails with AssertionError: no masks but my own"
+    ):
         Scorer(PolicySettings()).scores(model, make_batch())
 
 
 def test_a_layout_that_is_asked_for_and_wrong_is_an_error():
     scorer = Scorer(PolicySettings(batch_layout="shared_prefix"))
     with pytest.raises(
-        ValueError, match=r"batch_layout='shared_prefix' does not work for LlamaForCausalLM .* 'padded'"
+        ValueError,
+        match=r"batch_layout='shared_prefix' does not work for LlamaForCausalLM .* 'padded'",
     ):
         scorer.scores(break_masks(make_model("llama")), make_batch())
 
@@ -121,7 +128,9 @@ def test_an_attention_without_masks_is_an_error_or_the_rectangle():
     model, scorer = make_model("llama"), Scorer(PolicySettings(batch_layout="packed"))
     scorer.scores(model, make_batch())  # which flash attention, not installed here, could not
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="takes no mask of ours; use one of sdpa, eager, flex_attention"):
+    with pytest.raises(
+        ValueError, match="takes no mask of ours; use one of sdpa, eager, flex_attention"
+    ):
         scorer.scores(model, make_batch())
 
 
@@ -138,7 +147,9 @@ def test_each_kind_of_model_is_checked_once():
     scorer, batch = Spying(PolicySettings()), make_batch()
     model = scorer.counting(make_model("llama"))
     scorer.scores(model, batch)
-    assert scorer.forwards == 1 + 3 + 1  # what follows the head; padded, packed, shared prefix; the batch
+    assert (
+        scorer.forwards == 1 + 3 + 1
+    )  # what follows the head; padded, packed, shared prefix; the batch
     scorer.scores(model, batch)
     assert scorer.forwards == 6
 
@@ -158,7 +169,11 @@ def test_a_resumed_scorer_believes_what_the_first_one_found():
 
 def test_the_rows_of_the_check_hold_a_group_whatever_the_batch_holds():
     whole = make_batch()
-    for batch in (whole, whole.rows(torch.tensor([2])), whole.rows(torch.tensor([], dtype=torch.int64))):
+    for batch in (
+        whole,
+        whole.rows(torch.tensor([2])),
+        whole.rows(torch.tensor([], dtype=torch.int64)),
+    ):
         rows = check_rows(batch)
         assert len(rows) == 4
         assert rows.prompt_ids[0] is rows.prompt_ids[1] and rows.prompt_ids[2] is rows.prompt_ids[3]
@@ -167,5 +182,7 @@ def test_the_rows_of_the_check_hold_a_group_whatever_the_batch_holds():
 
 
 def test_tolerances_grow_with_the_rounding_of_the_dtype():
-    ordered = [tolerance(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
+    ordered = [
+        tolerance(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    ]
     assert ordered == sorted(TOLERANCE.values())

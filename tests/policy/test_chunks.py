@@ -6,7 +6,14 @@ import torch
 from gmpo.policy.chunks import cut
 from gmpo.policy.scoring import Scorer
 from gmpo.policy.settings import PolicySettings
-from tests.policy.cases import assert_same_gradients, float64_throughout, gradients, make_batch, make_model, weighted
+from tests.policy.cases import (
+    assert_same_gradients,
+    float64_throughout,
+    gradients,
+    make_batch,
+    make_model,
+    weighted,
+)
 from tests.policy.test_auto import rows_of
 
 
@@ -70,11 +77,16 @@ def test_gradients_of_chunks_add_up_to_that_of_the_whole(name, layout):
 
         def loss(rows):
             return scorer.loss(
-                model, batch.rows(rows), lambda scores, part: weighted(scores.logps, scores.entropy, rows[part])
+                model,
+                batch.rows(rows),
+                lambda scores, part: weighted(scores.logps, scores.entropy, rows[part]),
             )
 
         expected = gradients(loss(torch.arange(len(batch))), model)
-        chunks = [*scorer.chunks(batch, 20), torch.zeros(0, dtype=torch.int64)]  # one of a rank that only takes part
+        chunks = [
+            *scorer.chunks(batch, 20),
+            torch.zeros(0, dtype=torch.int64),
+        ]  # one of a rank that only takes part
         assert len(chunks) > 3
         found = gradients(sum(loss(chunk) for chunk in chunks), model)
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)

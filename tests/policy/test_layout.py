@@ -6,7 +6,15 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import LlamaConfig, MistralConfig
 
 from gmpo.policy.layout import lay_out, pack, spread
-from gmpo.policy.masks import additive_mask, attention_masks, block_mask, boolean_mask, in_chunk, in_tree, in_window
+from gmpo.policy.masks import (
+    additive_mask,
+    attention_masks,
+    block_mask,
+    boolean_mask,
+    in_chunk,
+    in_tree,
+    in_window,
+)
 from gmpo.policy.packed import packed
 from gmpo.policy.padded import padded
 from gmpo.policy.shared_prefix import shared_prefix
@@ -127,7 +135,9 @@ CHUNKS_OF_TWO = """
 
 
 def drawn(text):
-    return torch.tensor([[mark == "x" for mark in line.strip()] for line in text.strip().splitlines()])
+    return torch.tensor(
+        [[mark == "x" for mark in line.strip()] for line in text.strip().splitlines()]
+    )
 
 
 def test_tokens_see_their_prompt_and_themselves(batch):
@@ -155,7 +165,9 @@ def test_the_forms_of_a_mask_agree(batch):
     visible = in_window(layout, MistralConfig(sliding_window=2))
     expected = boolean_mask(layout, visible)
     lowest = torch.finfo(torch.float32).min
-    assert torch.equal(additive_mask(layout, visible, torch.float32), torch.where(expected, 0.0, lowest))
+    assert torch.equal(
+        additive_mask(layout, visible, torch.float32), torch.where(expected, 0.0, lowest)
+    )
     blocks = block_mask(layout, visible)
     assert torch.equal(create_mask(blocks.mask_mod, 2, 1, 6, 6, device="cpu"), expected)
 
@@ -181,7 +193,11 @@ def test_items_spread_evenly():
 
 def test_packing_takes_the_cheapest_number_of_rows():
     sizes = [4, 4, 4, 4]
-    assert len(pack(sizes, lambda rows, columns: rows * columns * columns)) == 4  # pairs alone: 4 * 16 < 1 * 256
-    assert len(pack(sizes, lambda rows, columns: rows * columns + 5 * rows)) == 1  # 16 + 5 < 16 + 20
+    assert (
+        len(pack(sizes, lambda rows, columns: rows * columns * columns)) == 4
+    )  # pairs alone: 4 * 16 < 1 * 256
+    assert (
+        len(pack(sizes, lambda rows, columns: rows * columns + 5 * rows)) == 1
+    )  # 16 + 5 < 16 + 20
     assert len(pack([9, 1, 1, 1], lambda rows, columns: rows * columns)) == 1  # 12 < 2 * 9
     assert pack([], one_row) == []

@@ -59,7 +59,9 @@ def test_a_layer_gives_the_values_and_gradients_of_float64(name, bias, calls):
     wide = [tensor.detach().double().requires_grad_() for tensor in (given, *found.parameters())]
     expected = F.linear(*wide)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
-    for one, other in zip(gradients, torch.autograd.grad((expected * weights).sum(), wide), strict=True):
+    for one, other in zip(
+        gradients, torch.autograd.grad((expected * weights).sum(), wide), strict=True
+    ):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
     assert len(calls) == 3  # forward, and two products of the backward pass
 
@@ -75,7 +77,9 @@ def test_only_what_needs_a_gradient_gets_one(calls):
     found = layer().requires_grad_(False)
     given = random(ROWS, INSIDE).requires_grad_()
     found(given).sum().backward()
-    torch.testing.assert_close(given.grad, found.weight.sum(0).expand(ROWS, -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        given.grad, found.weight.sum(0).expand(ROWS, -1), rtol=1e-5, atol=1e-5
+    )
     assert found.weight.grad is None and len(calls) == 2
 
 
@@ -124,10 +128,14 @@ def test_checkpointed_layers_give_the_same_gradients():
 def test_products_of_matrices_are_those_of_float64(block, monkeypatch, calls):
     monkeypatch.setattr(linear, "BLOCK_BYTES", block)
     left, right, states = random(ROWS, OUTSIDE), random(OUTSIDE, INSIDE), random(ROWS, INSIDE)
-    torch.testing.assert_close(product(left, right).double(), left.double() @ right.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        product(left, right).double(), left.double() @ right.double(), rtol=1e-5, atol=1e-4
+    )
     out = torch.empty(ROWS, OUTSIDE)
     assert product_into(out, states, right) is out
-    torch.testing.assert_close(out.double(), states.double() @ right.double().T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        out.double(), states.double() @ right.double().T, rtol=1e-5, atol=1e-4
+    )
     total = random(OUTSIDE, INSIDE)
     expected = total.double() + left.double().T @ states.double()
     add_product(total, left, states)

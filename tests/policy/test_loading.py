@@ -30,16 +30,22 @@ def test_a_path_gives_a_float32_model(folder):
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "auto"])
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_model_init_kwargs_choose_the_dtype(folder, key, dtype):
-    assert load_policy(folder, PolicySettings(model_init_kwargs={key: dtype})).dtype == torch.bfloat16
+    assert (
+        load_policy(folder, PolicySettings(model_init_kwargs={key: dtype})).dtype == torch.bfloat16
+    )
 
 
 def test_model_init_kwargs_reach_the_loader(folder):
-    policy = load_policy(folder, PolicySettings(model_init_kwargs='{"attn_implementation": "eager"}'))
+    policy = load_policy(
+        folder, PolicySettings(model_init_kwargs='{"attn_implementation": "eager"}')
+    )
     assert policy.config._attn_implementation == "eager"
 
 
 def test_a_dtype_that_does_not_exist_is_an_error(folder):
-    with pytest.raises(ValueError, match=r"model_init_kwargs\['dtype'\]='float33' is not a dtype. Use 'auto', or"):
+    with pytest.raises(
+        ValueError, match=r"model_init_kwargs\['dtype'\]='float33' is not a dtype. Use 'auto', or"
+    ):
         load_policy(folder, PolicySettings(model_init_kwargs={"dtype": "float33"}))
 
 
@@ -48,7 +54,9 @@ def test_a_path_without_anything_is_an_error_before_anything_is_loaded(name, mon
     monkeypatch.setattr(loading, "AutoModelForCausalLM", None)
     monkeypatch.setattr(loading, "AutoTokenizer", None)
     for load in (lambda: load_policy(name, PolicySettings()), lambda: load_tokenizer(name)):
-        with pytest.raises(ValueError, match=f"model='{name}' looks like a path, but nothing is there"):
+        with pytest.raises(
+            ValueError, match=f"model='{name}' looks like a path, but nothing is there"
+        ):
             load()
 
 
@@ -71,7 +79,9 @@ def test_a_model_is_used_as_it_is():
 
 
 def test_keywords_for_loading_do_not_fit_a_model():
-    with pytest.raises(ValueError, match=r"model_init_kwargs=.*bfloat16.* is for a model given by name"):
+    with pytest.raises(
+        ValueError, match=r"model_init_kwargs=.*bfloat16.* is for a model given by name"
+    ):
         load_policy(make_model("llama"), PolicySettings(model_init_kwargs={"dtype": "bfloat16"}))
     with pytest.raises(ValueError, match="quantization_config is for a model given by name"):
         load_policy(make_model("llama"), PolicySettings(), quantization_config=object())
@@ -97,7 +107,9 @@ def test_dropout_is_disabled_everywhere():
 def test_a_new_adapter_is_put_on():
     policy = load_policy(make_model("llama"), PolicySettings(), peft_config=LoraConfig(**LORA))
     assert isinstance(policy, PeftModel)
-    assert all("lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad)
+    assert all(
+        "lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad
+    )
 
 
 def test_an_adapter_on_an_adapter_is_an_error():
@@ -109,7 +121,9 @@ def test_an_adapter_on_an_adapter_is_an_error():
 
 
 def test_the_folder_of_an_adapter_gives_base_and_adapter_trainable(folder, tmp_path):
-    adapted = get_peft_model(load_policy(folder, PolicySettings()), LoraConfig(init_lora_weights=False, **LORA))
+    adapted = get_peft_model(
+        load_policy(folder, PolicySettings()), LoraConfig(init_lora_weights=False, **LORA)
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     policy = load_policy(str(tmp_path / "adapter"), PolicySettings())
     assert isinstance(policy, PeftModel)
@@ -121,15 +135,21 @@ def test_the_folder_of_an_adapter_gives_base_and_adapter_trainable(folder, tmp_p
 def test_nothing_to_train_is_an_error_with_its_remedy(folder, tmp_path):
     with pytest.raises(ValueError, match=r"No parameter of the model .* Set requires_grad"):
         load_policy(make_model("llama").requires_grad_(False), PolicySettings())
-    get_peft_model(load_policy(folder, PolicySettings()), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
-    frozen = PeftModel.from_pretrained(load_policy(folder, PolicySettings()), str(tmp_path / "adapter"))
+    get_peft_model(load_policy(folder, PolicySettings()), LoraConfig(**LORA)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    frozen = PeftModel.from_pretrained(
+        load_policy(folder, PolicySettings()), str(tmp_path / "adapter")
+    )
     with pytest.raises(ValueError, match=r"is_trainable=True"):
         load_policy(frozen, PolicySettings())
 
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_quantization_without_its_library_or_device_is_an_error(folder, monkeypatch, installed):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(
+        loading.importlib.util, "find_spec", lambda name: object() if installed else None
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expected = "needs a CUDA device" if installed else r"pip install gmpo\[quantization\]"
     with pytest.raises(ValueError, match=expected):
@@ -155,7 +175,9 @@ def test_the_head_computes_in_float32(name):
 def test_the_head_of_a_reference_computes_in_float32_with_its_own_weights():
     from gmpo.policy.reference import make_reference
 
-    policy = load_policy(make_model("llama", torch.bfloat16), PolicySettings(cast_lm_head_to_fp32=True))
+    policy = load_policy(
+        make_model("llama", torch.bfloat16), PolicySettings(cast_lm_head_to_fp32=True)
+    )
     reference = make_reference(policy, 0.1)
     ids = torch.arange(5)[None]
     before = reference.model(ids).logits

@@ -11,7 +11,9 @@ from tests.policy.cases import make_batch, make_model
 
 
 def adapted():
-    model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj", "v_proj"])).double()
+    model = get_peft_model(
+        make_model("llama"), LoraConfig(target_modules=["q_proj", "v_proj"])
+    ).double()
     return model
 
 
@@ -92,7 +94,9 @@ def test_sync_under_an_adapter_moves_a_copy_of_its_weights():
     assert (now - start).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("make", [lambda: make_model("llama-tied"), adapted], ids=["whole model", "adapter"])
+@pytest.mark.parametrize(
+    "make", [lambda: make_model("llama-tied"), adapted], ids=["whole model", "adapter"]
+)
 def test_a_moved_reference_survives_a_resume(make):
     policy, batch = make(), make_batch()
     reference = make_reference(policy, 0.1, sync=True)

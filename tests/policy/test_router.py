@@ -6,7 +6,13 @@ import torch
 from gmpo.policy.router import load_balancing_loss
 from gmpo.policy.scoring import Scorer
 from gmpo.policy.settings import PolicySettings
-from tests.policy.cases import assert_same_gradients, float64_throughout, gradients, make_batch, make_model
+from tests.policy.cases import (
+    assert_same_gradients,
+    float64_throughout,
+    gradients,
+    make_batch,
+    make_model,
+)
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 MIXTURES = ("mixtral", "qwen3-moe")
@@ -14,11 +20,16 @@ MIXTURES = ("mixtral", "qwen3-moe")
 
 def loss_of_the_model(model, batch):
     rows = [
-        torch.cat([p, c[:n]]) for p, c, n in zip(batch.prompt_ids, batch.completion_ids, batch.lengths, strict=True)
+        torch.cat([p, c[:n]])
+        for p, c, n in zip(batch.prompt_ids, batch.completion_ids, batch.lengths, strict=True)
     ]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
-    return model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False).aux_loss
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True
+    )
+    return model(
+        input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False
+    ).aux_loss
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -32,7 +43,12 @@ def test_it_is_that_of_the_model_over_real_tokens(name, layout):
         found = scorer.scores(model, batch).router_loss
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         grads = gradients(found, model)
-        total = scorer.loss(model, batch, lambda scores, rows: 0 * scores.logps.sum(), router_of=lambda loss: 3 * loss)
+        total = scorer.loss(
+            model,
+            batch,
+            lambda scores, rows: 0 * scores.logps.sum(),
+            router_of=lambda loss: 3 * loss,
+        )
         torch.testing.assert_close(total, 3 * expected, rtol=1e-10, atol=1e-10)
     grads = {name: grad for name, grad in grads.items() if name in wanted}
     assert_same_gradients(grads, wanted, rtol=1e-10, atol=1e-10)
@@ -45,12 +61,16 @@ def test_an_even_load_costs_the_number_of_chosen_experts():
     logits = torch.full((2, 4), 0.1).scatter(1, pairs, 0.4).log()
     torch.testing.assert_close(load_balancing_loss([logits], torch.ones(2), 2), torch.tensor(2.0))
     # the first token counted twice and the second not at all: shares 1, 1, 0, 0: 4 * (0.4 + 0.4)
-    torch.testing.assert_close(load_balancing_loss([logits], torch.tensor([2.0, 0.0]), 2), torch.tensor(3.2))
+    torch.testing.assert_close(
+        load_balancing_loss([logits], torch.tensor([2.0, 0.0]), 2), torch.tensor(3.2)
+    )
 
 
 def test_it_is_left_out_where_nothing_asks_for_it():
     batch, mixture = make_batch(), make_model("mixtral")
-    assert Scorer(PolicySettings(router_aux_loss_coef=0.0)).scores(mixture, batch).router_loss is None
+    assert (
+        Scorer(PolicySettings(router_aux_loss_coef=0.0)).scores(mixture, batch).router_loss is None
+    )
     assert Scorer(PolicySettings()).scores(make_model("llama"), batch).router_loss is None
     with torch.no_grad():
         assert Scorer(PolicySettings()).scores(mixture, batch).router_loss is None

@@ -91,11 +91,15 @@ def test_float32_models_agree_to_float32(name, layout, small_tiles):
     model = make_model(name, torch.float32)
     logps, entropy = naive_scores(model, batch, TEMPERATURE)
     expected = gradients(weighted(logps, entropy, all_rows(batch)), model)
-    loss = make_scorer(layout).loss(model, batch, lambda scores, rows: weighted(scores.logps, scores.entropy, rows))
+    loss = make_scorer(layout).loss(
+        model, batch, lambda scores, rows: weighted(scores.logps, scores.entropy, rows)
+    )
     scores = make_scorer(layout).scores(model, batch)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.entropy, entropy, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss, weighted(logps, entropy, all_rows(batch)), rtol=1e-5, atol=1e-4)  # terms of 100
+    torch.testing.assert_close(
+        loss, weighted(logps, entropy, all_rows(batch)), rtol=1e-5, atol=1e-4
+    )  # terms of 100
     found = gradients(loss, model)
     assert found.keys() == expected.keys()
     for parameter, value in expected.items():
@@ -119,7 +123,9 @@ def test_gradients_survive_checkpointing(name, layout, reentrant):
     for checkpointing in (False, True):
         model = make_model(name)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+            )
             model.enable_input_require_grads()
         loss_of = lambda scores, rows: weighted(scores.logps, scores.entropy, rows)  # noqa: E731
         with float64_throughout():
@@ -132,7 +138,9 @@ def test_autocast_scores_like_the_models_own_logits_under_autocast():
     model = make_model("llama", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         logps, entropy = naive_scores(model, batch, TEMPERATURE)
-        loss = make_scorer("shared_prefix").loss(model, batch, lambda s, rows: weighted(s.logps, s.entropy, rows))
+        loss = make_scorer("shared_prefix").loss(
+            model, batch, lambda s, rows: weighted(s.logps, s.entropy, rows)
+        )
     expected = gradients(weighted(logps.float(), entropy.float(), all_rows(batch)), model)
     found = gradients(loss, model)
     head = "lm_head.weight"
@@ -167,7 +175,9 @@ def test_a_batch_of_no_rows_gives_zero_and_touches_every_parameter():
     batch, model = make_batch(), make_model("mixtral")
     none = batch.rows(torch.tensor([], dtype=torch.int64))
     for layout in LAYOUTS:
-        loss = make_scorer(layout).loss(model, none, lambda scores, rows: 1 / 0, router_of=lambda loss: loss)
+        loss = make_scorer(layout).loss(
+            model, none, lambda scores, rows: 1 / 0, router_of=lambda loss: loss
+        )
         assert loss == 0.0
         found = gradients(loss, model)
         assert "lm_head.weight" in found and "model.layers.0.self_attn.q_proj.weight" in found
@@ -177,7 +187,9 @@ def test_a_batch_of_no_rows_gives_zero_and_touches_every_parameter():
 def test_rows_without_trained_tokens_still_enter_the_loss():
     batch, model = make_batch(), make_model("llama")
     batch.mask = torch.zeros_like(batch.mask)
-    loss = make_scorer("auto").loss(model, batch, lambda scores, rows: scores.logps.sum() + len(rows))
+    loss = make_scorer("auto").loss(
+        model, batch, lambda scores, rows: scores.logps.sum() + len(rows)
+    )
     assert loss.item() == len(batch)
 
 
@@ -211,7 +223,9 @@ def test_logits_of_more_rows_than_a_tile_never_exist(layout, small_tiles):
     head_rows = find_head(model).weight.shape[1]  # [32, VOCABULARY]: the head itself
     assert batch.mask.sum() > 4 * head_rows
     with LargestTensor() as seen:
-        gradients(scorer.loss(model, batch, lambda s, rows: weighted(s.logps, s.entropy, rows)), model)
+        gradients(
+            scorer.loss(model, batch, lambda s, rows: weighted(s.logps, s.entropy, rows)), model
+        )
         scores = scorer.scores(model, batch, want_entropy_grad=True)
         gradients(weighted(scores.logps, scores.entropy, all_rows(batch)), model)
     assert seen.rows <= head_rows

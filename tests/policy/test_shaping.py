@@ -26,14 +26,22 @@ from tests.policy.cases import (
 
 ROWS, HIDDEN = 23, 6
 PENALTY = 1.4
-TRANSFORMS = {"temperature": Transform(temperature=0.6), "soft cap": Transform(slope=1.5, cap=2.0, temperature=0.7)}
+TRANSFORMS = {
+    "temperature": Transform(temperature=0.6),
+    "soft cap": Transform(slope=1.5, cap=2.0, temperature=0.7),
+}
 KINDS = {"cut": (True, False), "penalty": (False, True), "penalty and cut": (True, True)}
 
 
 def lists_of(members):
     """Sets of a [N, V] mask: of each second row what it holds, of the others what it does not hold."""
     of = [row if number % 2 else ~row for number, row in enumerate(members)]
-    return TokenSets.of([(row.nonzero().flatten().to(torch.int32), number % 2 == 0) for number, row in enumerate(of)])
+    return TokenSets.of(
+        [
+            (row.nonzero().flatten().to(torch.int32), number % 2 == 0)
+            for number, row in enumerate(of)
+        ]
+    )
 
 
 def shaped(logits, kept, seen, penalty):
@@ -60,16 +68,26 @@ def score(path, hidden, head, targets, transform, shaping, weigh):
     if path == "fused":
         sizes, starts = [5, 9, 0, 9], [0, 5, 14, 14]
         return fused_loss(
-            hidden, head, targets, sizes, lambda n, *scores: weigh(*scores, starts[n]), transform, shaping=shaping
+            hidden,
+            head,
+            targets,
+            sizes,
+            lambda n, *scores: weigh(*scores, starts[n]),
+            transform,
+            shaping=shaping,
         )
-    scores = token_scores(hidden, Head(head), targets, transform, shaping=shaping, want_entropy_grad=path != "frozen")
+    scores = token_scores(
+        hidden, Head(head), targets, transform, shaping=shaping, want_entropy_grad=path != "frozen"
+    )
     return weigh(*scores, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("path", ["scores", "frozen", "fused", "module"])
-def test_every_path_has_the_values_and_gradients_of_the_dense_distribution(path, transform, kind, monkeypatch):
+def test_every_path_has_the_values_and_gradients_of_the_dense_distribution(
+    path, transform, kind, monkeypatch
+):
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * VOCABULARY * 8)
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, HIDDEN, dtype=torch.float64, requires_grad=True)
@@ -78,10 +96,16 @@ def test_every_path_has_the_values_and_gradients_of_the_dense_distribution(path,
     targets = torch.randint(0, VOCABULARY, (ROWS,))
     strength = torch.randn(2, ROWS, dtype=torch.float64)
     cut, penalised = kind
-    kept = (torch.rand(ROWS, VOCABULARY) < 0.3) | (torch.arange(VOCABULARY) == targets[:, None]) | (not cut)
+    kept = (
+        (torch.rand(ROWS, VOCABULARY) < 0.3)
+        | (torch.arange(VOCABULARY) == targets[:, None])
+        | (not cut)
+    )
     seen = (torch.rand(ROWS, VOCABULARY) < 0.4) & penalised
     shaping = Shaping(
-        lists_of(kept) if cut else None, lists_of(seen) if penalised else None, PENALTY if penalised else 1.0
+        lists_of(kept) if cut else None,
+        lists_of(seen) if penalised else None,
+        PENALTY if penalised else 1.0,
     )
 
     def weigh(logps, entropy, start):
@@ -95,7 +119,10 @@ def test_every_path_has_the_values_and_gradients_of_the_dense_distribution(path,
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
     inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     torch.testing.assert_close(
-        torch.autograd.grad(loss, inputs), torch.autograd.grad(wanted, inputs), rtol=1e-11, atol=1e-11
+        torch.autograd.grad(loss, inputs),
+        torch.autograd.grad(wanted, inputs),
+        rtol=1e-11,
+        atol=1e-11,
     )
 
 
@@ -105,12 +132,17 @@ def test_every_path_has_the_values_and_gradients_of_the_dense_distribution(path,
 def cut_batch(**options):
     """A batch whose tokens were each drawn from about 15 tokens."""
     batch = make_batch(longest=12, **options)
-    kept = torch.rand(*batch.mask.shape, VOCABULARY, generator=torch.Generator().manual_seed(5)) < 0.3
+    kept = (
+        torch.rand(*batch.mask.shape, VOCABULARY, generator=torch.Generator().manual_seed(5)) < 0.3
+    )
     kept.scatter_(-1, batch.completion_ids[..., None], True)
     rows = [
-        lists_of(row[:length]) if length else None for row, length in zip(kept, batch.lengths.tolist(), strict=True)
+        lists_of(row[:length]) if length else None
+        for row, length in zip(kept, batch.lengths.tolist(), strict=True)
     ]
-    return dataclasses.replace(batch, support=TokenSets.padded(rows, batch.lengths.tolist(), 12)), kept
+    return dataclasses.replace(
+        batch, support=TokenSets.padded(rows, batch.lengths.tolist(), 12)
+    ), kept
 
 
 def naive_scores(model, batch, kept, temperature):
@@ -119,11 +151,15 @@ def naive_scores(model, batch, kept, temperature):
     for row, prompt in enumerate(batch.prompt_ids):
         written = batch.completion_ids[row, : batch.lengths[row]]
         ids = torch.cat([prompt, written])
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :][: len(written)]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 :][
+            : len(written)
+        ]
         seen = torch.zeros(len(written), VOCABULARY, dtype=torch.bool)
         for number in range(len(written)):
             seen[number, ids[: len(prompt) + number]] = True
-        scores = dense_scores(logits / temperature, written, kept[row, : len(written)], seen, PENALTY)
+        scores = dense_scores(
+            logits / temperature, written, kept[row, : len(written)], seen, PENALTY
+        )
         padding = (0, batch.mask.shape[1] - len(written))
         logps.append(nn.functional.pad(scores[0], padding))
         entropies.append(nn.functional.pad(scores[1], padding))
@@ -132,7 +168,9 @@ def naive_scores(model, batch, kept, temperature):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2-window-softcap"])
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
-def test_scores_and_losses_are_of_the_shaped_distribution_whole_and_in_chunks(layout, name, monkeypatch):
+def test_scores_and_losses_are_of_the_shaped_distribution_whole_and_in_chunks(
+    layout, name, monkeypatch
+):
     monkeypatch.setattr(tiles, "TILE_BYTES", 10 * VOCABULARY * 8)
     batch, kept = cut_batch()
     with float64_throughout():
@@ -140,7 +178,9 @@ def test_scores_and_losses_are_of_the_shaped_distribution_whole_and_in_chunks(la
         logps, entropy = naive_scores(model, batch, kept, 0.7)
         whole = weighted(logps, entropy, torch.arange(len(batch)))
         expected = gradients(whole, model)
-        scorer = Scorer(PolicySettings(batch_layout=layout), temperature=0.7, repetition_penalty=PENALTY)
+        scorer = Scorer(
+            PolicySettings(batch_layout=layout), temperature=0.7, repetition_penalty=PENALTY
+        )
         scores = scorer.scores(model, batch)
         losses = []
         for limit in (None, 30):
@@ -149,11 +189,15 @@ def test_scores_and_losses_are_of_the_shaped_distribution_whole_and_in_chunks(la
             chunks = scorer.chunks(batch, limit)
             for chunk in chunks:
                 loss = scorer.loss(
-                    model, batch.rows(chunk), lambda s, rows, c=chunk: weighted(s.logps, s.entropy, c[rows])
+                    model,
+                    batch.rows(chunk),
+                    lambda s, rows, c=chunk: weighted(s.logps, s.entropy, c[rows]),
                 )
                 loss.backward()
                 total += loss.detach()
-            losses.append((len(chunks), total, {n: p.grad.clone() for n, p in model.named_parameters()}))
+            losses.append(
+                (len(chunks), total, {n: p.grad.clone() for n, p in model.named_parameters()})
+            )
 
     torch.testing.assert_close(scores.logps, logps, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(scores.entropy, entropy, rtol=1e-10, atol=1e-10)

@@ -44,7 +44,9 @@ def expected_scores(hidden, head, targets, transform):
     if transform.cap < float("inf"):
         logits = transform.cap * torch.tanh(logits / transform.cap)
     every = torch.log_softmax(logits / transform.temperature, -1)
-    return every[torch.arange(ROWS), targets], torch.distributions.Categorical(logits=every).entropy()
+    return every[torch.arange(ROWS), targets], torch.distributions.Categorical(
+        logits=every
+    ).entropy()
 
 
 def grads_of(loss, hidden, head):
@@ -60,7 +62,9 @@ def test_values_and_gradients_are_those_of_log_softmax(problem, bias, transform,
     expected = expected_scores(hidden, head, targets, transform)
     torch.testing.assert_close((logps, entropy), expected, rtol=1e-12, atol=1e-12)
     for parts in ((1, 0), (0, 1), (1, 1)):
-        weigh = lambda pair, parts=parts: (parts[0] * pair[0] @ into_logps) + (parts[1] * pair[1] @ into_entropy)  # noqa: E731
+        weigh = lambda pair, parts=parts: (
+            (parts[0] * pair[0] @ into_logps) + (parts[1] * pair[1] @ into_entropy)
+        )  # noqa: E731
         found = grads_of(weigh(token_scores(hidden, Head(head), targets, transform)), hidden, head)
         torch.testing.assert_close(
             found,
@@ -86,18 +90,26 @@ def test_the_fused_loss_has_the_value_and_gradients_of_the_whole(problem, bias, 
     loss = fused_loss(hidden, head, targets, sizes, loss_of, transform)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     found = grads_of(3.0 * loss, hidden, head)
-    torch.testing.assert_close(found, grads_of(3.0 * expected, hidden, head), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        found, grads_of(3.0 * expected, hidden, head), rtol=1e-11, atol=1e-11
+    )
 
 
 def test_a_fused_tile_without_a_gradient_adds_its_value_alone(problem):
     hidden, targets, *_ = problem
     head = linear(False)
     loss = fused_loss(
-        hidden, head, targets, [10, 13], lambda tile, logps, entropy: (logps if tile else logps * 0 + 2).sum()
+        hidden,
+        head,
+        targets,
+        [10, 13],
+        lambda tile, logps, entropy: (logps if tile else logps * 0 + 2).sum(),
     )
     every = expected_scores(hidden, head, targets, Transform())[0]
     torch.testing.assert_close(loss, every[10:].sum() + 20.0)
-    constant = fused_loss(hidden, head, targets, [ROWS], lambda tile, logps, entropy: logps.new_tensor(7.0))
+    constant = fused_loss(
+        hidden, head, targets, [ROWS], lambda tile, logps, entropy: logps.new_tensor(7.0)
+    )
     assert constant == 7.0
     assert all((gradient == 0).all() for gradient in grads_of(constant, hidden, head))
 
@@ -110,7 +122,9 @@ def test_a_frozen_head_passes_gradients_on_to_the_hidden_states(problem, transfo
     expected, _ = expected_scores(hidden, head, targets, transform)
     assert not entropy.requires_grad
     found = torch.autograd.grad(logps @ into_logps, hidden)
-    torch.testing.assert_close(found, torch.autograd.grad(expected @ into_logps, hidden), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected @ into_logps, hidden), rtol=1e-11, atol=1e-11
+    )
 
 
 class Doubled(nn.Linear):
@@ -162,7 +176,9 @@ SIZES_OF_GRADIENTS = {  # of the log-probs; of a mean over many tokens, and of t
 
 def sixteen_bit_gradients(path, hidden, head, targets, into_logps):
     if path == "fused":
-        loss = fused_loss(hidden, head, targets, [ROWS], lambda tile, logps, entropy: (logps * into_logps).sum())
+        loss = fused_loss(
+            hidden, head, targets, [ROWS], lambda tile, logps, entropy: (logps * into_logps).sum()
+        )
     else:
         logps, _ = token_scores(hidden, Head(head), targets, want_entropy_grad=path == "scores")
         loss = (logps * into_logps).sum()
@@ -173,16 +189,26 @@ def sixteen_bit_gradients(path, hidden, head, targets, into_logps):
 @pytest.mark.parametrize("mixed", [False, True], ids=["16-bit weights", "autocast"])
 @pytest.mark.parametrize("path", ["scores", "frozen", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sixteen_bit_heads_keep_gradients_that_are_too_small_for_sixteen_bits(dtype, path, mixed, sizes):
+def test_sixteen_bit_heads_keep_gradients_that_are_too_small_for_sixteen_bits(
+    dtype, path, mixed, sizes
+):
     torch.manual_seed(0)
     head = nn.Linear(HIDDEN, VOCABULARY).to(dtype).float()
-    hidden, targets, into_logps = torch.randn(ROWS, HIDDEN).to(dtype), torch.arange(ROWS) % VOCABULARY, sizes()
+    hidden, targets, into_logps = (
+        torch.randn(ROWS, HIDDEN).to(dtype),
+        torch.arange(ROWS) % VOCABULARY,
+        sizes(),
+    )
     exact = hidden.float().requires_grad_()
     every = torch.log_softmax(nn.functional.linear(exact, head.weight, head.bias), -1)
     expected = grads_of((every[torch.arange(ROWS), targets] * into_logps).sum(), exact, head)
 
     hidden = (hidden.float() if mixed else hidden).requires_grad_()
-    head = head.requires_grad_(path != "frozen") if mixed else head.to(dtype).requires_grad_(path != "frozen")
+    head = (
+        head.requires_grad_(path != "frozen")
+        if mixed
+        else head.to(dtype).requires_grad_(path != "frozen")
+    )
     with torch.autocast("cpu", dtype, enabled=mixed):
         found = sixteen_bit_gradients(path, hidden, head, targets, into_logps)
     # What is given back in 16 bits is rounded to them; nothing else may be lost.
@@ -191,7 +217,9 @@ def test_sixteen_bit_heads_keep_gradients_that_are_too_small_for_sixteen_bits(dt
     for row, wanted in zip(found[0].float(), expected[0], strict=True):
         assert (row - wanted).norm() <= relative * wanted.norm() + rounding * HIDDEN
     for values, wanted in zip(found[1:], expected[1:], strict=False):
-        assert (values.float() - wanted).norm() <= relative * wanted.norm() + rounding * values.numel() ** 0.5
+        assert (
+            values.float() - wanted
+        ).norm() <= relative * wanted.norm() + rounding * values.numel() ** 0.5
 
 
 def test_a_16_bit_tile_of_rows_without_gradient_adds_nothing():

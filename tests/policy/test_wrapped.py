@@ -73,7 +73,9 @@ def test_adapters_of_other_kinds_of_models_do_too_with_checkpointing(name, layou
         expected = gradients(weighted(logps, entropy, torch.arange(len(batch))), model)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-        found = gradients(Scorer(PolicySettings(batch_layout=layout)).loss(model, batch, loss_of), model)
+        found = gradients(
+            Scorer(PolicySettings(batch_layout=layout)).loss(model, batch, loss_of), model
+        )
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -84,7 +86,9 @@ def test_a_frozen_head_gives_the_same_gradients_without_those_of_the_entropy(sma
         logps, _ = naive_scores(model, batch)
         expected = gradients(logps.square().sum(), model)
         scorer = Scorer(PolicySettings())
-        loss = scorer.loss(model, batch, lambda scores, rows: scores.logps.square().sum(), want_entropy_grad=False)
+        loss = scorer.loss(
+            model, batch, lambda scores, rows: scores.logps.square().sum(), want_entropy_grad=False
+        )
         found = gradients(loss, model)
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -138,7 +142,9 @@ WRAPPERS = {
 
 
 def as_rank(rank, port, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     batch = make_batch()
@@ -151,11 +157,14 @@ def as_rank(rank, port, folder):
             for _ in range(2):  # the second pass needs the bookkeeping of the first to be in order
                 model.zero_grad()
                 scorer.loss(
-                    wrapped, batch.rows(mine), lambda scores, rows: weighted(scores.logps, scores.entropy, mine[rows])
+                    wrapped,
+                    batch.rows(mine),
+                    lambda scores, rows: weighted(scores.logps, scores.entropy, mine[rows]),
                 ).backward()
             grads = {name: p.grad for name, p in model.named_parameters()}
             results[wrapper, layout] = {
-                name: 2 * (grad.full_tensor() if hasattr(grad, "full_tensor") else grad) for name, grad in grads.items()
+                name: 2 * (grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
+                for name, grad in grads.items()
             }
     if rank == 0:
         torch.save(results, os.path.join(folder, "results"))

@@ -35,9 +35,15 @@ def log(tmp_path):
     def make(*, num_completions_to_print=0, **options):
         trackers, callbacks = options.pop("trackers", ()), options.pop("callbacks", ())
         settings = ReportSettings(
-            **{"log_completions": True, "num_completions_to_print": num_completions_to_print, **options}
+            **{
+                "log_completions": True,
+                "num_completions_to_print": num_completions_to_print,
+                **options,
+            }
         )
-        return CompletionLog(settings, str(tmp_path), trackers=trackers, callbacks=lambda: callbacks)
+        return CompletionLog(
+            settings, str(tmp_path), trackers=trackers, callbacks=lambda: callbacks
+        )
 
     return make
 
@@ -93,10 +99,16 @@ def test_two_evaluation_sets_of_one_step_are_two_files(log, tmp_path):
 
 
 def test_messages_with_tool_calls_are_json(log, tmp_path):
-    messages = [{"role": "assistant", "content": None, "tool_calls": TOOL_CALLS}, {"role": "tool", "content": "3"}]
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": TOOL_CALLS},
+        {"role": "tool", "content": "3"},
+    ]
     completions = log(num_completions_to_print=None)
     rows = scored(2, prompts=[[{"role": "user", "content": "1 + 2?"}]] * 2)
-    rows.completions = [messages, [{"role": "assistant", "content": [{"type": "text", "text": "3"}]}]]
+    rows.completions = [
+        messages,
+        [{"role": "assistant", "content": [{"type": "text", "text": "3"}]}],
+    ]
     completions.add(rows, step=1)
     completions.write(step=1)
     written = read(tmp_path, "train_000001.parquet")
@@ -120,7 +132,9 @@ def test_messages_with_tool_calls_are_json(log, tmp_path):
         ([None, None], [None, None]),
     ],
 )
-def test_an_extra_column_keeps_its_type_where_parquet_has_it_and_is_text_elsewhere(log, tmp_path, values, column):
+def test_an_extra_column_keeps_its_type_where_parquet_has_it_and_is_text_elsewhere(
+    log, tmp_path, values, column
+):
     completions = log()
     completions.add(scored(len(values), extra=values), step=1)
     completions.write(step=1)
@@ -160,7 +174,9 @@ def test_no_file_appears_unless_it_is_whole(log, tmp_path, monkeypatch, warnings
     completions.add(scored(1), step=1)
     completions.write(step=1)
     assert list((tmp_path / "completions").glob("*.parquet")) == []
-    assert warnings_seen == ["Could not write the completions: OSError: disk full. The training goes on."]
+    assert warnings_seen == [
+        "Could not write the completions: OSError: disk full. The training goes on."
+    ]
 
 
 def test_columns_of_different_lengths_warn_and_spoil_nothing_else(log, tmp_path, warnings_seen):
@@ -232,7 +248,11 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(log, tmp_path):
 def test_tensorboard_gets_a_text_table_of_one_completion_per_prompt(log):
     written = []
     writer = SimpleNamespace(add_text=lambda *arguments: written.append(arguments))
-    callbacks = [SimpleNamespace(), SimpleNamespace(tb_writer=None), SimpleNamespace(tb_writer=writer)]
+    callbacks = [
+        SimpleNamespace(),
+        SimpleNamespace(tb_writer=None),
+        SimpleNamespace(tb_writer=writer),
+    ]
     completions = log(trackers=["tensorboard"], callbacks=callbacks, log_unique_prompts=True)
     completions.add(scored(4), step=2, mode="eval")
     completions.write(step=2, mode="eval")
@@ -247,7 +267,9 @@ def test_tensorboard_gets_a_text_table_of_one_completion_per_prompt(log):
 
 def test_wandb_gets_a_table_where_a_run_is_on(log, monkeypatch):
     logged = []
-    fake = SimpleNamespace(run=object(), Table=lambda columns, data: (columns, data), log=logged.append)
+    fake = SimpleNamespace(
+        run=object(), Table=lambda columns, data: (columns, data), log=logged.append
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     completions = log(trackers=["wandb"])
     completions.add(scored(1), step=2)
@@ -316,7 +338,9 @@ def test_the_hub_gets_the_folder_and_a_last_upload_when_closed(log, tmp_path, mo
     assert done == ["upload", "stop"]
 
 
-def test_a_hub_that_is_out_of_reach_leaves_the_local_file(log, tmp_path, monkeypatch, warnings_seen):
+def test_a_hub_that_is_out_of_reach_leaves_the_local_file(
+    log, tmp_path, monkeypatch, warnings_seen
+):
     import huggingface_hub
 
     def unreachable(**options):
@@ -332,8 +356,12 @@ def test_a_hub_that_is_out_of_reach_leaves_the_local_file(log, tmp_path, monkeyp
 
 
 def _write_on_two_ranks(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    completions = CompletionLog(ReportSettings(log_completions=True, num_completions_to_print=0), str(folder))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    completions = CompletionLog(
+        ReportSettings(log_completions=True, num_completions_to_print=0), str(folder)
+    )
     completions.add(scored(2, prompts=[f"of rank {rank}"] * 2), step=1)
     completions.write(step=1)
     dist.destroy_process_group()

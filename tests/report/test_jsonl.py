@@ -14,10 +14,17 @@ def run(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path / "out"))
 
     def log(step, *, first_rank=True, **logs):
-        callback.on_log(args, SimpleNamespace(global_step=step, is_world_process_zero=first_rank), None, logs=logs)
+        callback.on_log(
+            args,
+            SimpleNamespace(global_step=step, is_world_process_zero=first_rank),
+            None,
+            logs=logs,
+        )
 
     def begin(step):
-        callback.on_train_begin(args, SimpleNamespace(global_step=step, is_world_process_zero=True), None)
+        callback.on_train_begin(
+            args, SimpleNamespace(global_step=step, is_world_process_zero=True), None
+        )
 
     log.begin, log.path = begin, tmp_path / "out" / "metrics.jsonl"
     return log
@@ -31,7 +38,14 @@ def test_every_log_is_one_json_line_at_once(run):
 
 
 def test_figures_that_are_not_finite_are_null(run):
-    run(1, a=float("nan"), b=float("inf"), c=-float("inf"), d=torch.tensor(2.0), e=torch.tensor(float("nan")))
+    run(
+        1,
+        a=float("nan"),
+        b=float("inf"),
+        c=-float("inf"),
+        d=torch.tensor(2.0),
+        e=torch.tensor(float("nan")),
+    )
     line = run.path.read_text()
     assert json.loads(line, parse_constant=pytest.fail) == {
         "step": 1,
@@ -75,7 +89,9 @@ def test_a_fresh_run_starts_a_new_file_and_keeps_the_old_one_aside(run):
     run.begin(0)
     run(1, reward=2.0)
     assert [record["step"] for record in read_records(run.path)] == [1]
-    assert [record["step"] for record in read_records(run.path.with_name("metrics.old.jsonl"))] == [10]
+    assert [record["step"] for record in read_records(run.path.with_name("metrics.old.jsonl"))] == [
+        10
+    ]
 
 
 def test_an_evaluation_before_the_first_step_stays_with_the_run_that_follows(run):

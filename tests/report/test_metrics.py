@@ -20,7 +20,9 @@ def test_a_mean_weighs_by_count_not_by_micro_batch():
 def test_extremes_are_the_extremes_of_all_that_was_added():
     metrics = Metrics()
     for low, high in ((-0.5, 0.25), (-0.125, 0.75), (-0.25, 0.5)):
-        metrics.add(Statistics(minima={"log_ratio/min": torch.tensor(low)}, maxima={"log_ratio/max": high}))
+        metrics.add(
+            Statistics(minima={"log_ratio/min": torch.tensor(low)}, maxima={"log_ratio/max": high})
+        )
     assert metrics.reduce() == {"log_ratio/min": -0.5, "log_ratio/max": 0.75}
 
 
@@ -57,7 +59,9 @@ def test_a_long_sum_of_float32_tensors_stays_exact():
     metrics = Metrics()
     metrics.add(Statistics(means={"tokens": (torch.tensor(2.0**24), 1)}))
     for _ in range(3):
-        metrics.add(Statistics(means={"tokens": (torch.tensor(1.0), 0)}))  # float32 has no 2**24 + 1
+        metrics.add(
+            Statistics(means={"tokens": (torch.tensor(1.0), 0)})
+        )  # float32 has no 2**24 + 1
     assert metrics.reduce() == {"tokens": 2.0**24 + 3}
 
 
@@ -65,7 +69,9 @@ def test_pending_figures_hold_no_graph():
     metrics = Metrics()
     loss = torch.ones((), requires_grad=True) * 2
     metrics.add(Statistics(means={"loss": (loss, 1)}, maxima={"top": loss}))
-    assert metrics.state_dict() == {"train": {"means": {"loss": [2.0, 1.0]}, "minima": {}, "maxima": {"top": 2.0}}}
+    assert metrics.state_dict() == {
+        "train": {"means": {"loss": [2.0, 1.0]}, "minima": {}, "maxima": {"top": 2.0}}
+    }
     pending = metrics._pending["train"]
     assert not any(value.requires_grad for value in (*pending.means["loss"], pending.maxima["top"]))
     assert metrics.reduce() == {"loss": 2.0, "top": 2.0}
@@ -73,10 +79,16 @@ def test_pending_figures_hold_no_graph():
 
 def test_a_resumed_run_logs_what_the_uninterrupted_one_logs():
     def first_half(metrics):
-        metrics.add(Statistics(means={"reward": (torch.tensor(1.0), 3)}, minima={"low": -2.0}, maxima={"high": 1.0}))
+        metrics.add(
+            Statistics(
+                means={"reward": (torch.tensor(1.0), 3)}, minima={"low": -2.0}, maxima={"high": 1.0}
+            )
+        )
 
     def second_half(metrics):
-        metrics.add(Statistics(means={"reward": (4.0, 1)}, minima={"low": -1.0}, maxima={"high": 3.0}))
+        metrics.add(
+            Statistics(means={"reward": (4.0, 1)}, minima={"low": -1.0}, maxima={"high": 3.0})
+        )
 
     interrupted, resumed = Metrics(), Metrics()
     first_half(interrupted)
@@ -86,9 +98,13 @@ def test_a_resumed_run_logs_what_the_uninterrupted_one_logs():
 
 
 def _reduce_on_two_ranks(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     metrics = Metrics()
-    metrics.add(Statistics(means={"reward": (1.0 + rank, 1 + 2 * rank)}, minima={"low": -1.0 - rank}))
+    metrics.add(
+        Statistics(means={"reward": (1.0 + rank, 1 + 2 * rank)}, minima={"low": -1.0 - rank})
+    )
     if rank == 1:  # a figure that the other rank has never seen
         metrics.add(Statistics(means={"rewards/judge/mean": (3.0, 2)}, maxima={"high": 5.0}))
     metrics.add(Statistics(means={"reward": (9.0, 1)}), mode="eval")
@@ -109,7 +125,9 @@ def test_ranks_agree_on_one_exact_figure_each_even_where_one_lacks_a_name(tmp_pa
     expected = {"reward": 0.75, "low": -2.0, "rewards/judge/mean": 1.5, "high": 5.0}
     assert {name: figures[name] for name in expected} == expected
     assert figures["time/learn"] == 3.0  # mean of 2 and 4 seconds
-    assert figures["tokens_per_second/learn"] == pytest.approx(60 / 3)  # all tokens over the seconds of one rank
+    assert figures["tokens_per_second/learn"] == pytest.approx(
+        60 / 3
+    )  # all tokens over the seconds of one rank
     assert evaluation == {"eval_reward": 9.0}
 
 
@@ -149,9 +167,9 @@ def test_the_parts_add_up_to_the_wall_time_over_several_blocks(clock):
             clock(0.5)
         clock(0.1)
     statistics = watch.drain(steps=3)
-    assert sum(seconds for name, (seconds, _) in statistics.means.items() if name.startswith("time/")) == pytest.approx(
-        1.8
-    )
+    assert sum(
+        seconds for name, (seconds, _) in statistics.means.items() if name.startswith("time/")
+    ) == pytest.approx(1.8)
     assert statistics.means["tokens_per_second/learn"] == (150, 1.5)
 
 
@@ -195,4 +213,6 @@ def test_peak_memory_rises_with_a_large_allocation():
     block = torch.ones(before // 4 + 2**26)  # as many floats as bytes were held
     assert peak_memory() > before
     del block
-    assert Stopwatch().drain(steps=1).maxima["memory/peak_gib"] == pytest.approx(peak_memory() / 2**30, rel=0.01)
+    assert Stopwatch().drain(steps=1).maxima["memory/peak_gib"] == pytest.approx(
+        peak_memory() / 2**30, rel=0.01
+    )

@@ -11,7 +11,9 @@ def head_of(card):
 
 
 def test_a_gmpo_card_names_gmpo_and_its_paper_and_never_grpo():
-    card = model_card(algorithm="GMPO", model_name="me/solver", base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    card = model_card(
+        algorithm="GMPO", model_name="me/solver", base_model="HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
     assert "Geometric-Mean Policy Optimization" in card
     assert "https://arxiv.org/abs/2507.20673" in card
     assert "journal = {arXiv preprint arXiv:2507.20673}" in card
@@ -20,7 +22,9 @@ def test_a_gmpo_card_names_gmpo_and_its_paper_and_never_grpo():
 
 
 def test_a_card_of_the_family_cites_grpo_and_the_variant():
-    card = model_card(algorithm="GRPO", model_name="me/solver", args=SimpleNamespace(loss_type="dr_grpo"))
+    card = model_card(
+        algorithm="GRPO", model_name="me/solver", args=SimpleNamespace(loss_type="dr_grpo")
+    )
     assert "https://arxiv.org/abs/2402.03300" in card
     assert "with the loss of Dr. GRPO ([arXiv:2503.20783]" in card
     assert "2507.20673" not in card
@@ -44,14 +48,20 @@ def test_the_head_is_what_the_hub_reads():
         "license": "apache-2.0",
         "tags": ["gmpo", "maths"],
     }
-    assert "on [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k) and `reasoning_gym:chain_sum`" in card
+    assert (
+        "on [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k) and `reasoning_gym:chain_sum`"
+        in card
+    )
 
 
 def test_local_folders_stay_private(tmp_path):
     base = tmp_path / "models" / "tiny"
     base.mkdir(parents=True)
     card = model_card(
-        algorithm="gmpo", model_name="run", base_model=str(base), dataset_name=str(tmp_path / "rows.jsonl")
+        algorithm="gmpo",
+        model_name="run",
+        base_model=str(base),
+        dataset_name=str(tmp_path / "rows.jsonl"),
     )
     assert str(tmp_path) not in card
     assert "`tiny`" in card
@@ -62,8 +72,15 @@ def test_local_folders_stay_private(tmp_path):
 def test_a_folder_here_is_no_repository_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs" / "first").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert "base_model" not in head_of(model_card(algorithm="gmpo", model_name="run", base_model="runs/first"))
-    assert head_of(model_card(algorithm="gmpo", model_name="run", base_model="org/first"))["base_model"] == "org/first"
+    assert "base_model" not in head_of(
+        model_card(algorithm="gmpo", model_name="run", base_model="runs/first")
+    )
+    assert (
+        head_of(model_card(algorithm="gmpo", model_name="run", base_model="org/first"))[
+            "base_model"
+        ]
+        == "org/first"
+    )
 
 
 def test_options_are_shown_but_never_a_token():

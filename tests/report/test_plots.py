@@ -44,7 +44,10 @@ def test_reward_of_training_and_evaluation_are_two_curves_over_their_own_steps(a
 
 
 def test_the_log_ratio_is_a_band_from_minimum_to_maximum(axes):
-    records = [{"step": 1, "log_ratio/min": -0.5, "log_ratio/max": 0.25}, {"step": 2, "log_ratio/min": -1.0}]
+    records = [
+        {"step": 1, "log_ratio/min": -0.5, "log_ratio/max": 0.25},
+        {"step": 2, "log_ratio/min": -1.0},
+    ]
     records.append({"step": 3, "log_ratio/min": -0.75, "log_ratio/max": 1.5})
     plots.draw_log_ratio(axes, records)
     corners = {tuple(corner) for corner in axes.collections[0].get_paths()[0].vertices.tolist()}
@@ -52,19 +55,31 @@ def test_the_log_ratio_is_a_band_from_minimum_to_maximum(axes):
 
 
 def test_clip_shares_show_both_sides_apart(axes):
-    plots.draw_clip_shares(axes, [{"step": 4, "clip_ratio/low_mean": 0.01, "clip_ratio/high_mean": 0.02}])
+    plots.draw_clip_shares(
+        axes, [{"step": 4, "clip_ratio/low_mean": 0.01, "clip_ratio/high_mean": 0.02}]
+    )
     assert drawn(axes, "high (positive advantage)") == ([4], [0.02])
     assert drawn(axes, "low (negative advantage)") == ([4], [0.01])
 
 
 def test_the_picture_has_a_panel_for_each_figure_even_where_one_was_never_logged(metrics, tmp_path):
     path = metrics(
-        {"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75, "entropy": 1.0}, {"step": 2, "train_runtime": 1}
+        {"step": 1, "reward": 0.5},
+        {"step": 2, "reward": 0.75, "entropy": 1.0},
+        {"step": 2, "train_runtime": 1},
     )
     image = tmp_path / "pictures" / "curves.svg"
     plots.training_curves(path, image, title="a run")
     text = image.read_text()
-    for heading in ("a run", "reward", "completion length", "entropy", "log-ratio", "tokens clipped", "gradient norm"):
+    for heading in (
+        "a run",
+        "reward",
+        "completion length",
+        "entropy",
+        "log-ratio",
+        "tokens clipped",
+        "gradient norm",
+    ):
         assert heading in text
 
 

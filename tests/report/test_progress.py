@@ -12,16 +12,22 @@ class Run:
 
     def __init__(self, *, terminal=False, bar=True, max_steps=100, width=140):
         self.out, self.now = io.StringIO(), 0.0
-        console = Console(file=self.out, force_terminal=terminal, width=width, soft_wrap=True, highlight=False)
+        console = Console(
+            file=self.out, force_terminal=terminal, width=width, soft_wrap=True, highlight=False
+        )
         self.callback = ProgressLines(bar=bar, console=console, clock=lambda: self.now)
         self.max_steps = max_steps
 
     def call(self, event, step, *, first_rank=True, **kwargs):
-        state = SimpleNamespace(global_step=step, max_steps=self.max_steps, is_world_process_zero=first_rank)
+        state = SimpleNamespace(
+            global_step=step, max_steps=self.max_steps, is_world_process_zero=first_rank
+        )
         getattr(self.callback, event)(None, state, None, **kwargs)
 
     def log(self, step, **kwargs):
-        self.call("on_log", step, logs={name.replace("__", "/"): value for name, value in kwargs.items()})
+        self.call(
+            "on_log", step, logs={name.replace("__", "/"): value for name, value in kwargs.items()}
+        )
 
     @property
     def lines(self):
@@ -47,9 +53,14 @@ def test_a_log_is_one_line_under_its_headings():
         num_tokens=1000.0,
     )
     headings, line = run.lines
-    assert " ".join(headings.split()) == "step reward length cut off entropy log-ratio clipped -/+ grad tok/s left"
+    assert (
+        " ".join(headings.split())
+        == "step reward length cut off entropy log-ratio clipped -/+ grad tok/s left"
+    )
     # 95 steps of 2 s are left
-    assert " ".join(line.split()) == "5/100 0.625 31.5 25% 1.500 -0.41 .. 0.27 1.3% / 0.2% 0.80 - 3:10"
+    assert (
+        " ".join(line.split()) == "5/100 0.625 31.5 25% 1.500 -0.41 .. 0.27 1.3% / 0.2% 0.80 - 3:10"
+    )
     assert len(line) == len(headings)
 
 
@@ -146,6 +157,8 @@ def test_without_the_bar_a_terminal_gets_lines_alone():
     assert run.out.getvalue() == ""
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")]
+)
 def test_durations_read_as_on_a_clock(seconds, text):
     assert duration(seconds) == text

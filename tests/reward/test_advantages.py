@@ -28,7 +28,12 @@ HAND = [
         "group",
         [0, 2, 0, 6],
         2,
-        [-1 / (ROOT_2 + 1e-4), 1 / (ROOT_2 + 1e-4), -3 / (3 * ROOT_2 + 1e-4), 3 / (3 * ROOT_2 + 1e-4)],
+        [
+            -1 / (ROOT_2 + 1e-4),
+            1 / (ROOT_2 + 1e-4),
+            -3 / (3 * ROOT_2 + 1e-4),
+            3 / (3 * ROOT_2 + 1e-4),
+        ],
     ),
     # all four: mean 2, squares 4 + 0 + 4 + 16 = 24, over 3: deviation sqrt 8; centred by the group, not by the batch
     ("batch", [0, 2, 0, 6], 2, [v / (math.sqrt(8) + 1e-4) for v in (-1, 1, -3, 3)]),
@@ -36,7 +41,12 @@ HAND = [
     # the row that nobody scored leaves mean 2 and deviation sqrt 2 of (1, 3)
     ("group", [1, NAN, 3], 3, [-1 / (ROOT_2 + 1e-4), 0, 1 / (ROOT_2 + 1e-4)]),
     # scored are 0, 4, 2, 2: mean 2, squares 8, over 3
-    ("batch", [0, NAN, 4, 2, 2, NAN], 3, [-2 / (math.sqrt(8 / 3) + 1e-4), 0, 2 / (math.sqrt(8 / 3) + 1e-4), 0, 0, 0]),
+    (
+        "batch",
+        [0, NAN, 4, 2, 2, NAN],
+        3,
+        [-2 / (math.sqrt(8 / 3) + 1e-4), 0, 2 / (math.sqrt(8 / 3) + 1e-4), 0, 0, 0],
+    ),
     ("none", [1, NAN, 3], 3, [-1, 0, 1]),
     ("group", [1, NAN, NAN], 3, [0, 0, 0]),
     ("none", [NAN, NAN, NAN], 3, [0, 0, 0]),
@@ -44,9 +54,13 @@ HAND = [
 
 
 @pytest.mark.parametrize(("scale", "rewards", "group_size", "expected"), HAND)
-def test_advantages_of_one_source_are_those_of_the_hand_calculation(scale, rewards, group_size, expected):
+def test_advantages_of_one_source_are_those_of_the_hand_calculation(
+    scale, rewards, group_size, expected
+):
     result = advantages(rewards, group_size, scale_rewards=scale)
-    torch.testing.assert_close(result.advantages, torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        result.advantages, torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -55,10 +69,19 @@ def test_groups_of_one_get_nothing(scale):
 
 
 def test_sources_are_weighed_and_added_over_those_that_scored_the_row():
-    result = advantages([[1, 10], [NAN, 3], [2, NAN], [NAN, NAN]], 4, reward_weights=[1.0, 0.5], scale_rewards="none")
+    result = advantages(
+        [[1, 10], [NAN, 3], [2, NAN], [NAN, NAN]],
+        4,
+        reward_weights=[1.0, 0.5],
+        scale_rewards="none",
+    )
     # 1 + 5, 0.5 * 3, 2, nobody; mean of the three: 9.5 / 3
     torch.testing.assert_close(
-        result.rewards, torch.tensor([6, 1.5, 2, NAN], dtype=torch.float64), equal_nan=True, rtol=0, atol=0
+        result.rewards,
+        torch.tensor([6, 1.5, 2, NAN], dtype=torch.float64),
+        equal_nan=True,
+        rtol=0,
+        atol=0,
     )
     expected = [6 - 9.5 / 3, 1.5 - 9.5 / 3, 2 - 9.5 / 3, 0]
     torch.testing.assert_close(result.advantages, torch.tensor(expected, dtype=torch.float32))
@@ -109,11 +132,17 @@ def test_normalize_then_sum_gets_nothing_from_a_source_that_is_flat_in_the_group
     large = 1e15 / 17  # the float mean of three of them is another number
     table = [[0, large], [1, large], [0, large], [0, 1], [1, 1], [0, 1]]
     options = {"multi_objective_aggregation": "normalize_then_sum"}
-    assert advantages(table, 3, **options).advantages.equal(advantages([0, 1, 0] * 2, 3, **options).advantages)
+    assert advantages(table, 3, **options).advantages.equal(
+        advantages([0, 1, 0] * 2, 3, **options).advantages
+    )
 
 
 ZERO_SIGNAL = [
-    ([0.1, 0.1, 0.1, 0.7, 0.7, 0.7], 3, [True] * 6),  # whose float deviation is not 0: 0.1 + 0.1 + 0.1 != 0.3
+    (
+        [0.1, 0.1, 0.1, 0.7, 0.7, 0.7],
+        3,
+        [True] * 6,
+    ),  # whose float deviation is not 0: 0.1 + 0.1 + 0.1 != 0.3
     ([0.1, 0.1 + 1e-12, 0.1, 0.7, 0.7, 0.7], 3, [False] * 3 + [True] * 3),
     ([2, NAN, 2], 3, [True] * 3),
     ([2, NAN, 3], 3, [False] * 3),
@@ -123,7 +152,9 @@ ZERO_SIGNAL = [
 
 
 @pytest.mark.parametrize(("rewards", "group_size", "expected"), ZERO_SIGNAL)
-def test_a_group_is_without_signal_when_its_rewards_are_exactly_equal(rewards, group_size, expected):
+def test_a_group_is_without_signal_when_its_rewards_are_exactly_equal(
+    rewards, group_size, expected
+):
     for scale in ("group", "batch", "none"):
         result = advantages(rewards, group_size, scale_rewards=scale)
         assert result.zero_signal.tolist() == expected
@@ -146,7 +177,12 @@ REFUSED = [
     ([1.0, 2, 3], 2, {}, "whole groups of 2"),
     ([1.0, math.inf], 2, {}, "infinite"),
     ([1.0, 2.0], 2, {"reward_weights": [1.0, 2.0]}, "must match"),
-    ([1.0, 2.0], 2, {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "no effect"),
+    (
+        [1.0, 2.0],
+        2,
+        {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
+        "no effect",
+    ),
 ]
 
 
@@ -178,7 +214,11 @@ OPTIONS = [
 @st.composite
 def tables(draw, scores=maybe_scored):
     """A table of rewards and its group size."""
-    num_groups, group_size, num_sources = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    num_groups, group_size, num_sources = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 3)),
+    )
     row = st.lists(scores, min_size=num_sources, max_size=num_sources)
     size = num_groups * group_size
     return draw(st.lists(row, min_size=size, max_size=size)), group_size
@@ -204,7 +244,9 @@ def test_one_source_agrees_with_plain_python(scale, case):
     table, group_size = case
     rewards = [row[0] for row in table]
     result = advantages(rewards, group_size, scale_rewards=scale).advantages
-    torch.testing.assert_close(result, torch.tensor(plainly(rewards, group_size, scale)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        result, torch.tensor(plainly(rewards, group_size, scale)), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -243,7 +285,9 @@ def test_groups_and_rows_within_them_may_come_in_any_order(options, case, random
     table, group_size = case
     starts = list(range(0, len(table), group_size))
     random.shuffle(starts)
-    order = [i for start in starts for i in random.sample(range(start, start + group_size), group_size)]
+    order = [
+        i for start in starts for i in random.sample(range(start, start + group_size), group_size)
+    ]
     torch.testing.assert_close(
         advantages([table[i] for i in order], group_size, **options).advantages,
         advantages(table, group_size, **options).advantages[order],
@@ -271,7 +315,10 @@ def test_statistics_are_those_of_the_hand_calculation():
     means = reward_statistics(["right", "short"], rewards, result).means
     expected = {
         "rewards/right/mean": (1.0, 3.0),
-        "rewards/right/std": (math.sqrt(1 / 3), 1.0),  # 1, 0, 0: mean 1/3, squares 4/9 + 1/9 + 1/9, over 2
+        "rewards/right/std": (
+            math.sqrt(1 / 3),
+            1.0,
+        ),  # 1, 0, 0: mean 1/3, squares 4/9 + 1/9 + 1/9, over 2
         "rewards/short/mean": (16.0, 4.0),
         "rewards/short/std": (0.0, 1.0),
         "reward": (9.0, 4.0),  # 3 + 2 + 2 + 2
@@ -300,4 +347,7 @@ def test_statistics_use_the_unweighted_scores_of_a_source_that_only_watches():
 def test_no_rows_give_no_statistics_and_no_error():
     rewards = torch.empty(0, 2)
     result = group_advantages(rewards, 4, RewardSettings())
-    assert result.advantages.shape == (0,) and reward_statistics(["a", "b"], rewards, result).means == {}
+    assert (
+        result.advantages.shape == (0,)
+        and reward_statistics(["a", "b"], rewards, result).means == {}
+    )

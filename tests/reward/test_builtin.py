@@ -51,7 +51,9 @@ def test_the_final_number_of_a_text(text, number):
     assert number_match([text], [number + "1"]) == [0.0]
 
 
-@pytest.mark.parametrize("text", ["", "none", "x2", "1/0", "\\boxed{}", "3 \\boxed{none}", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "none", "x2", "1/0", "\\boxed{}", "3 \\boxed{none}", "9" * 5000]
+)
 def test_a_text_without_a_final_number(text):
     assert final_number(text) is None
     assert number_match([text], ["3"]) == [0.0]
@@ -59,26 +61,44 @@ def test_a_text_without_a_final_number(text):
 
 
 def test_numbers_are_compared_exactly():
-    assert number_match(["0.50", "0.3333333333333333", "1e3"], ["1/2", "1/3", "1000"]) == [1.0, 0.0, 0.0]
+    assert number_match(["0.50", "0.3333333333333333", "1e3"], ["1/2", "1/3", "1000"]) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("reward", ["number_match", "accuracy"])
 def test_the_gold_answer_may_come_from_either_column_and_be_missing(reward):
     function = load_reward(reward)
     assert function(["4", "4", "4"], answer=[4, None, "5"]) == [1.0, None, 0.0]
-    assert function(["4", "4", "4"], solution=["2 + 2\n#### 4", "\\boxed{4}", None]) == [1.0, 1.0, None]
-    assert function(["4", "4", "4"], answer=["4", None, "5"], solution=["5", "4", "4"]) == [1.0, 1.0, 0.0]
+    assert function(["4", "4", "4"], solution=["2 + 2\n#### 4", "\\boxed{4}", None]) == [
+        1.0,
+        1.0,
+        None,
+    ]
+    assert function(["4", "4", "4"], answer=["4", None, "5"], solution=["5", "4", "4"]) == [
+        1.0,
+        1.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("reward", ["number_match", "accuracy"])
 def test_a_dataset_without_gold_answers_is_refused(reward):
-    with pytest.raises(ValueError, match=f"'{reward}' needs the gold answer.*'answer' or 'solution'"):
+    with pytest.raises(
+        ValueError, match=f"'{reward}' needs the gold answer.*'answer' or 'solution'"
+    ):
         load_reward(reward)(["4"])
 
 
 @pytest.mark.parametrize("reward", ["number_match", "accuracy"])
 def test_thoughts_are_no_answers(reward):
-    completions = ["<think>\\boxed{4}</think> so \\boxed{5}", "\\boxed{5}</think> 4", "<think> \\boxed{4}"]
+    completions = [
+        "<think>\\boxed{4}</think> so \\boxed{5}",
+        "\\boxed{5}</think> 4",
+        "<think> \\boxed{4}",
+    ]
     assert load_reward(reward)(completions, answer=["4"] * 3) == [0.0, 1.0, 0.0]
 
 
@@ -86,7 +106,18 @@ CONVERSATIONS = [
     ([assistant("4")], 1.0),
     ([assistant("5"), {"role": "tool", "content": "4"}, assistant("4")], 1.0),
     ([assistant("5"), {"role": "tool", "content": "4"}], 0.0),
-    ([assistant([{"type": "text", "text": "it is "}, {"type": "image"}, {"type": "text", "text": "4"}])], 1.0),
+    (
+        [
+            assistant(
+                [
+                    {"type": "text", "text": "it is "},
+                    {"type": "image"},
+                    {"type": "text", "text": "4"},
+                ]
+            )
+        ],
+        1.0,
+    ),
     ([{"role": "assistant", "content": None, "tool_calls": []}], 0.0),
     ([], 0.0),
 ]
@@ -170,7 +201,10 @@ def test_every_builtin_reward_scores_through_the_stage_under_its_own_name():
         rollout([user("2 + 2")], [assistant("5 5 5 5")]),
     ]
     scored = score(sources, chats, [{"answer": "4"}] * 2)
-    by_name = {source.name: column for source, column in zip(sources, scored.rewards.T.tolist(), strict=True)}
+    by_name = {
+        source.name: column
+        for source, column in zip(sources, scored.rewards.T.tolist(), strict=True)
+    }
     assert by_name == {
         "accuracy": [1.0, 0.0],
         "number_match": [1.0, 0.0],
@@ -182,7 +216,11 @@ def test_every_builtin_reward_scores_through_the_stage_under_its_own_name():
 
 def test_builtin_rewards_say_what_they_do():
     assert all(
-        function.__doc__ for function in [*FACTORIES.values(), *(f for n, f in BUILTIN.items() if n not in FACTORIES)]
+        function.__doc__
+        for function in [
+            *FACTORIES.values(),
+            *(f for n, f in BUILTIN.items() if n not in FACTORIES),
+        ]
     )
 
 
@@ -204,7 +242,9 @@ def own(tmp_path, monkeypatch):
     package = tmp_path / "own_package"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "rewards.py").write_text("def zero(completions):\n    return [0.0] * len(completions)\n")
+    (package / "rewards.py").write_text(
+        "def zero(completions):\n    return [0.0] * len(completions)\n"
+    )
     (package / "broken.py").write_text("import not_there_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -216,7 +256,9 @@ def own(tmp_path, monkeypatch):
 
 def test_a_function_in_a_file_is_found_with_what_it_imports(own):
     assert load_reward("own_rewards.py:count")(["a", "b"]) == [1.0, 1.0]
-    assert load_reward(f"{own}/own_rewards.py:count")(["a"]) == [2.0]  # the same module, imported once
+    assert load_reward(f"{own}/own_rewards.py:count")(["a"]) == [
+        2.0
+    ]  # the same module, imported once
     assert load_reward("own_rewards.py:make(scale=2, shift=1)")(["a"]) == [3]
 
 
@@ -227,16 +269,24 @@ def test_a_function_in_a_package_is_found_from_the_working_directory(own, spec):
 
 def test_settings_reach_a_builtin_factory():
     assert load_reward("repetition_penalty(ngram_size=1, max_penalty=-2.0)")(["a a"]) == [-1.0]
-    assert load_reward(" soft_overlong_punishment (max_completion_length=4, cache=2)")([[1, 2, 3]]) == [-0.5]
+    assert load_reward(" soft_overlong_punishment (max_completion_length=4, cache=2)")(
+        [[1, 2, 3]]
+    ) == [-0.5]
 
 
 UNKNOWN = [
     ("acuracy", "no reward 'acuracy'. Did you mean 'accuracy'\\?"),
     ("qqqqqq", "no reward 'qqqqqq'. Built in are accuracy, number_match"),
     ("", "no reward ''"),
-    ("soft_overlong_punishment", r"needs settings: soft_overlong_punishment\(max_completion_length"),
+    (
+        "soft_overlong_punishment",
+        r"needs settings: soft_overlong_punishment\(max_completion_length",
+    ),
     ("accuracy(strict=True)", "'accuracy' takes no settings.*strict"),
-    ("repetition_penalty(ngrams=2)", r"unexpected keyword argument 'ngrams'.*It takes \(ngram_size"),
+    (
+        "repetition_penalty(ngrams=2)",
+        r"unexpected keyword argument 'ngrams'.*It takes \(ngram_size",
+    ),
     ("repetition_penalty(2)", "can't be read"),
     ("repetition_penalty(ngram_size=os.getpid())", "can't be read"),
     ("repetition_penalty(ngram_size=2", "can't be read"),
@@ -294,5 +344,7 @@ def test_the_module_needs_neither_torch_nor_math_verify():
     import subprocess
 
     code = f"import sys, {builtin.__name__}; print([m for m in ('torch', 'math_verify', 'sympy') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -24,10 +24,17 @@ TEMPLATE = "<s> {% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endf
 def make_tokenizer(*, pad=None, template=None, max_length=None):
     words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     options = {} if max_length is None else {"model_max_length": max_length}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=pad, **options
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token=pad,
+        **options,
     )
     tokenizer.chat_template = template
     return tokenizer
@@ -51,7 +58,9 @@ def make_model(cls=LlamaForSequenceClassification, *, num_labels=1, max_length=6
 
 def source_of(model=None, tokenizer=None, **options):
     (source,) = build_sources(
-        model or make_model(), tokenizer or make_tokenizer(pad="<pad>"), model_options=ModelOptions(**options)
+        model or make_model(),
+        tokenizer or make_tokenizer(pad="<pad>"),
+        model_options=ModelOptions(**options),
     )
     assert isinstance(source, ModelReward)
     return source
@@ -109,14 +118,18 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token_and_stays_as_it_is(
 def test_conversations_go_through_the_template_once():
     model = make_model()
     source = source_of(
-        model, make_tokenizer(pad="<pad>", template=TEMPLATE), chat_template_kwargs={"suffix": "assistant j"}
+        model,
+        make_tokenizer(pad="<pad>", template=TEMPLATE),
+        chat_template_kwargs={"suffix": "assistant j"},
     )
     chats = [
         rollout([user("a b")], [assistant("c")]),
         rollout([user("a"), assistant("b"), user("c")], [assistant("d e")]),
     ]
     expected = [
-        logit(model, "<s> user a b </s> assistant c </s> assistant j"),  # one <s>: not a second one from the tokenizer
+        logit(
+            model, "<s> user a b </s> assistant c </s> assistant j"
+        ),  # one <s>: not a second one from the tokenizer
         logit(model, "<s> user a </s> assistant b </s> user c </s> assistant d e </s> assistant j"),
     ]
     assert source.score(call(chats)) == pytest.approx(expected, rel=1e-4)
@@ -130,7 +143,9 @@ def test_plain_text_that_brings_its_start_token_gets_no_second_one():
 
 def test_no_graph_is_built():
     model, graphs = make_model(), []
-    model.register_forward_hook(lambda module, given, output: graphs.append(output.logits.requires_grad))
+    model.register_forward_hook(
+        lambda module, given, output: graphs.append(output.logits.requires_grad)
+    )
     source_of(model).score(call([rollout("a", " b")]))
     assert graphs == [False]
 
@@ -154,10 +169,15 @@ def test_text_that_is_too_long_is_cut_and_never_silently(caplog, model_length, t
     assert "reads 4 tokens at most" in record.getMessage() and "has 6" in record.getMessage()
 
 
-@pytest.mark.parametrize(("model_length", "tokenizer_length", "expected"), [(64, None, 64), (64, 8, 8), (8, 64, 8)])
+@pytest.mark.parametrize(
+    ("model_length", "tokenizer_length", "expected"), [(64, None, 64), (64, 8, 8), (8, 64, 8)]
+)
 def test_the_shorter_limit_of_model_and_tokenizer_holds(model_length, tokenizer_length, expected):
     assert (
-        max_input_length(make_model(max_length=model_length), make_tokenizer(max_length=tokenizer_length)) == expected
+        max_input_length(
+            make_model(max_length=model_length), make_tokenizer(max_length=tokenizer_length)
+        )
+        == expected
     )
 
 
@@ -189,13 +209,18 @@ def test_a_model_given_by_path_is_loaded_in_float32_with_its_own_tokenizer(tmp_p
     (source,) = build_sources([path])
     assert source.name == "judge"
     assert source.model.dtype is torch.float32
-    assert source.score(call([rollout("a", " b")])) == pytest.approx([logit(model.float(), "<s> a b")], rel=1e-4)
+    assert source.score(call([rollout("a", " b")])) == pytest.approx(
+        [logit(model.float(), "<s> a b")], rel=1e-4
+    )
 
 
 def test_a_path_may_start_at_the_home_folder_or_be_a_path_object(tmp_path, monkeypatch):
     save(tmp_path / "judge", make_model())
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert [source.name for source in build_sources(["~/judge", tmp_path / "judge"])] == ["judge", "judge_2"]
+    assert [source.name for source in build_sources(["~/judge", tmp_path / "judge"])] == [
+        "judge",
+        "judge_2",
+    ]
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

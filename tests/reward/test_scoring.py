@@ -22,7 +22,9 @@ def scored(rewards, rollouts=None, rows=None, **options):
 
 
 def same(got, expected):
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=torch.float64), equal_nan=True, rtol=0, atol=0
+    )
 
 
 def test_every_source_fills_its_column_and_none_is_nan():
@@ -180,7 +182,12 @@ def test_an_exception_stays_what_it_is_and_says_who_raised_it(function):
         scored(function, [rollout("p" * 1000, "c1"), rollout()])
     assert str(caught.value) == "my fault"
     (note,) = caught.value.__notes__
-    assert repr(function.__name__) in note and "2 completions" in note and "'c1'" in note and len(note) < 400
+    assert (
+        repr(function.__name__) in note
+        and "2 completions" in note
+        and "'c1'" in note
+        and len(note) < 400
+    )
     assert caught.value.__cause__ is None
     assert traceback.extract_tb(caught.value.__traceback__)[-1].name == function.__name__
 
@@ -213,7 +220,10 @@ def test_who_is_waited_for_is_said(caplog):
     handler = Answer()
     logging.getLogger("gmpo.reward.scoring").addHandler(handler)
     try:
-        same(scored([lost, lambda **kwargs: [0, 0]], patience_s=0.01).rewards, [[1.0, 0.0], [2.0, 0.0]])
+        same(
+            scored([lost, lambda **kwargs: [0, 0]], patience_s=0.01).rewards,
+            [[1.0, 0.0], [2.0, 0.0]],
+        )
     finally:
         logging.getLogger("gmpo.reward.scoring").removeHandler(handler)
     assert "No answer for 0.01 s from: lost." in caplog.text

@@ -4,7 +4,13 @@ import functools
 import pytest
 
 from gmpo.reward.settings import RewardSettings
-from gmpo.reward.sources import FunctionReward, RewardSource, build_sources, columns_of, distinct_names
+from gmpo.reward.sources import (
+    FunctionReward,
+    RewardSource,
+    build_sources,
+    columns_of,
+    distinct_names,
+)
 from tests.reward.cases import assistant, call, rollout, user
 
 
@@ -151,7 +157,13 @@ def test_a_list_or_tuple_gives_a_source_each_and_stays_as_it_is(container):
     rewards = container([plain, "think_format", slow, plain, plain])
     before = container(rewards)
     sources = build_sources(rewards, settings=RewardSettings(reward_weights=[1.0] * 5))
-    assert [source.name for source in sources] == ["plain", "think_format", "slow", "plain_2", "plain_3"]
+    assert [source.name for source in sources] == [
+        "plain",
+        "think_format",
+        "slow",
+        "plain_2",
+        "plain_3",
+    ]
     assert rewards == before
 
 
@@ -205,9 +217,17 @@ REFUSED = [
     ("../reward", {}, "no folder here"),
     ("accuracies(", {}, "no folder here"),
     ("own.py:nothing", {}, "no file"),
-    (plain, {"settings": RewardSettings(reward_weights=[1.0, 2.0])}, r"2 weights for 1 reward source.*must match"),
+    (
+        plain,
+        {"settings": RewardSettings(reward_weights=[1.0, 2.0])},
+        r"2 weights for 1 reward source.*must match",
+    ),
     ([plain, slow], {"settings": RewardSettings(reward_weights=[])}, "must match"),
-    ([plain, slow], {"reward_processing_classes": [None]}, "1 reward_processing_classes for 2.*must match"),
+    (
+        [plain, slow],
+        {"reward_processing_classes": [None]},
+        "1 reward_processing_classes for 2.*must match",
+    ),
 ]
 
 
@@ -218,17 +238,24 @@ def test_what_is_no_reward_is_refused_with_the_reason(rewards, options, message)
 
 
 def test_everything_is_looked_at_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("gmpo.reward.sources.load_model_reward", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "gmpo.reward.sources.load_model_reward", lambda *_: pytest.fail("a model was loaded")
+    )
     with pytest.raises(ValueError, match="no folder here"):
         build_sources(["owner/model", "./missing"])
 
 
 def test_columns_leave_out_what_rewards_get_from_the_rollout():
-    rows = [{"prompt": "a", "answer": 1, "completion": "x"}, {"prompt": "b", "level": 2, "completion_ids": [1]}]
+    rows = [
+        {"prompt": "a", "answer": 1, "completion": "x"},
+        {"prompt": "b", "level": 2, "completion_ids": [1]},
+    ]
     assert columns_of(rows) == {"answer": [1, None], "level": [None, 2]}
 
 
-@pytest.mark.parametrize("name", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"])
+@pytest.mark.parametrize(
+    "name", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"]
+)
 def test_a_column_with_the_name_of_an_argument_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}'.*Rename"):
         columns_of([{"answer": 1}, {name: 2}])

@@ -44,17 +44,27 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": EOS,
 }
-SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SLIDING = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **SLIDING, query_pre_attn_scalar=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, **SLIDING, query_pre_attn_scalar=8)
+    ),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **SLIDING, query_pre_attn_scalar=8)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
-            **SIZES, **SLIDING, use_sliding_window=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+            **SIZES,
+            **SLIDING,
+            use_sliding_window=True,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
         )
     ),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(
@@ -75,7 +85,10 @@ def tiny(name: str = "llama", *, seed: int = 0) -> PreTrainedModel:
 
 def prompts(*lengths: int, seed: int = 0) -> list[Prompt]:
     generator = torch.Generator().manual_seed(seed)
-    return [Prompt(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist(), "") for length in lengths]
+    return [
+        Prompt(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist(), "")
+        for length in lengths
+    ]
 
 
 def requests(*lengths: int, count: int = 3) -> list[Request]:
@@ -102,8 +115,12 @@ def only(*allowed: int) -> dict[str, list[int]]:
     return {"suppress_tokens": [token for token in range(VOCABULARY) if token not in allowed]}
 
 
-def full_logps(model, prompt: list[int], ids: list[int], *, temperature: float = 1.0) -> torch.Tensor:
+def full_logps(
+    model, prompt: list[int], ids: list[int], *, temperature: float = 1.0
+) -> torch.Tensor:
     """Log-probs of completion tokens by one plain forward pass over everything."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
+        logits = (
+            model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
+        )
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]

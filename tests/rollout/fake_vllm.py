@@ -66,7 +66,11 @@ class FakeVllm:
         path = handler.path.partition("?")[0]
         body = json.loads(content) if content else None
         self.requests.append((path, body))
-        if self.token and path != "/health" and handler.headers.get("Authorization") != f"Bearer {self.token}":
+        if (
+            self.token
+            and path != "/health"
+            and handler.headers.get("Authorization") != f"Bearer {self.token}"
+        ):
             return reply(handler, 401, b"{}")
         answer = self.answers.get(path)
         if answer is None:
@@ -87,7 +91,9 @@ class FakeVllm:
             self.version = body["new_version"]
         if path == "/start_weight_update":
             if self.active:
-                return error(500, "start_weight_update called while a weight update is already active.")
+                return error(
+                    500, "start_weight_update called while a weight update is already active."
+                )
             self.active = True
         if path == "/update_weights":
             if "abort" in body["update_info"]:

@@ -16,7 +16,8 @@ def passes():
     def record(model):
         seen = []
         model.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+            lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()),
+            with_kwargs=True,
         )
         return seen
 
@@ -28,12 +29,16 @@ SAMPLING = Sampling(20, temperature=1.5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
-@pytest.mark.parametrize("limits", [{"rows": 16}, {"rows": 2}, {"rows": 1}, {"prefill_tokens": 12}, {"cache_bytes": 1}])
+@pytest.mark.parametrize(
+    "limits", [{"rows": 16}, {"rows": 2}, {"rows": 1}, {"prefill_tokens": 12}, {"cache_bytes": 1}]
+)
 def test_completions_do_not_depend_on_how_many_rows_find_room(name, limits):
     model = tiny(name)
     expected = tokens(shared(model, rows=64).generate(ASKED, SAMPLING))
     assert tokens(shared(model, **limits).generate(ASKED, SAMPLING)) == expected
-    assert len({len(ids) for group in expected for ids in group}) > 3  # rows do finish at different times
+    assert (
+        len({len(ids) for group in expected for ids in group}) > 3
+    )  # rows do finish at different times
 
 
 def test_every_prompt_is_read_once_and_rows_do_the_rest(passes):
@@ -52,12 +57,18 @@ def test_finished_rows_leave_at_once(passes):
     groups = shared(model).generate(ASKED, SAMPLING)
     lengths = [len(ids) for group in tokens(groups) for ids in group]
     # In decode step t (from 1) those are at work whose completion has more than t tokens.
-    assert [len(ids) for ids in seen[1:]] == [sum(n > t for n in lengths) for t in range(1, max(lengths))]
+    assert [len(ids) for ids in seen[1:]] == [
+        sum(n > t for n in lengths) for t in range(1, max(lengths))
+    ]
 
 
 def reads_prompts(ids: list[int]) -> bool:
     """Whether these are the tokens of one prompt or several, one after another."""
-    firsts = [request.prompt.ids for request in ASKED if ids[: len(request.prompt.ids)] == request.prompt.ids]
+    firsts = [
+        request.prompt.ids
+        for request in ASKED
+        if ids[: len(request.prompt.ids)] == request.prompt.ids
+    ]
     return not ids or any(reads_prompts(ids[len(first) :]) for first in firsts)
 
 
@@ -134,7 +145,9 @@ def test_random_numbers_are_a_function_of_seed_and_sample():
     assert first(-1, 0)[:5] != first(1, 0)[:5]
     assert all(0 <= number < 1 for number in first(3, 1))
     # Neighbouring seeds and samples are independent: the mean of 600 x 20 numbers is 1/2 to 5 standard errors.
-    table = torch.tensor([first(seed, number) for seed in range(4) for number in range(5)], dtype=torch.float64)
+    table = torch.tensor(
+        [first(seed, number) for seed in range(4) for number in range(5)], dtype=torch.float64
+    )
     assert abs(table.mean() - 0.5) < 5 * (1 / 12 / table.numel()) ** 0.5
     correlations = torch.corrcoef(table) - torch.eye(20)
     assert correlations.abs().max() < 5 / 600**0.5

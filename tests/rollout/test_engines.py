@@ -40,7 +40,9 @@ both = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.keys())
 
 
 def transformers_greedy(model, prompt: list[int], budget: int, **options) -> list[int]:
-    config = GenerationConfig(max_new_tokens=budget, do_sample=False, eos_token_id=EOS, pad_token_id=0, **options)
+    config = GenerationConfig(
+        max_new_tokens=budget, do_sample=False, eos_token_id=EOS, pad_token_id=0, **options
+    )
     with torch.no_grad():
         output = model.generate(
             input_ids=torch.tensor([prompt]),
@@ -64,7 +66,11 @@ def test_greedy_is_transformers_greedy_token_for_token(make, name):
 @both
 @pytest.mark.parametrize(
     "options",
-    [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 6, "suppress_tokens": [7, 8]}],
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 6, "suppress_tokens": [7, 8]},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_processors_that_read_the_tokens_act_as_in_transformers(make, options):
@@ -84,14 +90,20 @@ def test_reported_logps_are_those_of_a_full_forward(make, name, temperature):
     groups = make(model).generate(asked, Sampling(12, temperature=temperature))
     for request, group in zip(asked, groups, strict=True):
         for completion in group:
-            expected = full_logps(model, request.prompt.ids, completion.ids, temperature=temperature)
-            torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=1e-5, atol=1e-5)
+            expected = full_logps(
+                model, request.prompt.ids, completion.ids, temperature=temperature
+            )
+            torch.testing.assert_close(
+                torch.tensor(completion.logps), expected, rtol=1e-5, atol=1e-5
+            )
 
 
 @both
 def test_full_logps_are_of_the_whole_vocabulary_even_where_sampling_is_cut(make):
     model, asked = tiny(), requests(6, count=8)
-    sampling = Sampling(5, temperature=1.4, top_p=0.6, top_k=4, repetition_penalty=1.3, logps_support="full")
+    sampling = Sampling(
+        5, temperature=1.4, top_p=0.6, top_k=4, repetition_penalty=1.3, logps_support="full"
+    )
     for completion in make(model).generate(asked, sampling)[0]:
         expected = full_logps(model, asked[0].prompt.ids, completion.ids, temperature=1.4)
         torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=1e-5, atol=1e-5)
@@ -114,7 +126,9 @@ CUTS = [
 
 @both
 @pytest.mark.parametrize("options", CUTS, ids=lambda options: "+".join(options))
-def test_sampled_logps_are_of_what_transformers_processors_leave_and_say_what_that_is(make, options):
+def test_sampled_logps_are_of_what_transformers_processors_leave_and_say_what_that_is(
+    make, options
+):
     model, asked = tiny(), requests(6, count=6)
     groups = make(model).generate(asked, Sampling(6, temperature=1.4, extra=options))
     expected = step_scores(model, asked[0].prompt.ids, groups[0], temperature=1.4, **options)
@@ -135,22 +149,35 @@ def test_sampled_logps_are_of_what_transformers_processors_leave_and_say_what_th
 def step_scores(model, prompt, completions, **options):
     """What transformers' generate makes of the logits before each token of given completions, [len(ids), V] each."""
     config = GenerationConfig(
-        max_new_tokens=6, eos_token_id=EOS, pad_token_id=0, do_sample=True, **{"top_k": 0, **options}
+        max_new_tokens=6,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        do_sample=True,
+        **{"top_k": 0, **options},
     )
     config._eos_token_tensor = torch.tensor([EOS])
     config.max_length = len(prompt) + 6
     for completion in completions:
-        processors = model._get_logits_processor(config, input_ids_seq_length=len(prompt), device="cpu")
+        processors = model._get_logits_processor(
+            config, input_ids_seq_length=len(prompt), device="cpu"
+        )
         ids = torch.tensor([prompt + completion.ids])
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0]
-        yield torch.stack([processors(ids[:, :n], logits[None, n - 1])[0] for n in range(len(prompt), ids.shape[1])])
+        yield torch.stack(
+            [
+                processors(ids[:, :n], logits[None, n - 1])[0]
+                for n in range(len(prompt), ids.shape[1])
+            ]
+        )
 
 
 @both
 def test_logps_of_all_tokens_that_can_be_drawn_sum_to_one(make):
     model, (prompt,) = tiny(), prompts(6)
-    groups = make(model).generate([Request(prompt, 1500, 0)], Sampling(1, temperature=1.4, top_p=0.8, top_k=7))
+    groups = make(model).generate(
+        [Request(prompt, 1500, 0)], Sampling(1, temperature=1.4, top_p=0.8, top_k=7)
+    )
     drawn = {completion.ids[0]: completion.logps[0] for completion in groups[0]}
     members = groups[0][0].support.members(VOCABULARY)[0]
     assert sorted(drawn) == members.nonzero().flatten().tolist()
@@ -163,7 +190,9 @@ def test_both_engines_write_the_same_for_the_same_seeds():
     sampling = Sampling(16, temperature=1.2, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
     one, other = shared(model).generate(asked, sampling), generate(model).generate(asked, sampling)
     assert tokens(one) == tokens(other)
-    assert [[c.finish_reason for c in group] for group in one] == [[c.finish_reason for c in group] for group in other]
+    assert [[c.finish_reason for c in group] for group in one] == [
+        [c.finish_reason for c in group] for group in other
+    ]
 
 
 @both
@@ -178,14 +207,22 @@ def test_a_request_gets_the_same_completions_in_any_company(make):
 def test_a_group_spread_over_ranks_gets_the_samples_of_the_whole_group(make):
     engine, (prompt,) = make(tiny()), prompts(5)
     whole = tokens(engine.generate([Request(prompt, 4, seed=3)], Sampling(10)))[0]
-    parts = tokens(engine.generate([Request(prompt, 2, seed=3), Request(prompt, 2, seed=3, first=2)], Sampling(10)))
+    parts = tokens(
+        engine.generate(
+            [Request(prompt, 2, seed=3), Request(prompt, 2, seed=3, first=2)], Sampling(10)
+        )
+    )
     assert parts[0] + parts[1] == whole
 
 
 @both
 def test_seeds_and_samples_differ(make):
     engine, (prompt,) = make(tiny()), prompts(5)
-    one, other = tokens(engine.generate([Request(prompt, 4, 1), Request(prompt, 4, 2)], Sampling(12, temperature=1.5)))
+    one, other = tokens(
+        engine.generate(
+            [Request(prompt, 4, 1), Request(prompt, 4, 2)], Sampling(12, temperature=1.5)
+        )
+    )
     assert len({tuple(ids) for ids in one + other}) == 8
 
 
@@ -212,7 +249,11 @@ def test_an_eos_stays_in_the_completion_and_stops_it(make):
 
 @both
 def test_an_eos_as_the_last_token_of_the_budget_is_a_stop(make):
-    extra = {**only(9, EOS), "min_new_tokens": 2, "suppress_tokens": only(9, EOS)["suppress_tokens"]}
+    extra = {
+        **only(9, EOS),
+        "min_new_tokens": 2,
+        "suppress_tokens": only(9, EOS)["suppress_tokens"],
+    }
     groups = make(tiny()).generate(requests(4, count=20), Sampling(3, temperature=5.0, extra=extra))
     full = [c for c in groups[0] if len(c.ids) == 3]
     assert {c.finish_reason for c in full if c.ids[-1] == EOS} == {"stop"}
@@ -232,7 +273,10 @@ def test_every_eos_stops_whoever_named_it(make, token):
 def test_a_stop_string_stops_where_the_text_first_holds_it(make):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     a, b = WORDS.index("a"), WORDS.index("b")
-    extra = {"suppress_tokens": [t for t in range(len(WORDS)) if t not in (a, b)], "stop_strings": ["b b"]}
+    extra = {
+        "suppress_tokens": [t for t in range(len(WORDS)) if t not in (a, b)],
+        "stop_strings": ["b b"],
+    }
     engine = make(model, tokenizer, eos=(1,))
     groups = engine.generate([Request(Prompt([a, b], "a b"), 40, 0)], Sampling(12, extra=extra))
     for completion in groups[0]:
@@ -253,9 +297,17 @@ def test_generation_kwargs_win_over_the_fields(make):
 def test_the_model_comes_back_as_it_was(make):
     model = tiny().train()
     model.model.layers[1].eval()
-    before = [module.training for module in model.modules()], model.generation_config, model.config.to_dict()
+    before = (
+        [module.training for module in model.modules()],
+        model.generation_config,
+        model.config.to_dict(),
+    )
     make(model).generate(requests(4), Sampling(3))
-    assert ([module.training for module in model.modules()], model.generation_config, model.config.to_dict()) == before
+    assert (
+        [module.training for module in model.modules()],
+        model.generation_config,
+        model.config.to_dict(),
+    ) == before
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -279,16 +331,22 @@ def test_neither_dropout_nor_checkpointing_nor_the_models_own_sampling_defaults_
     model.gradient_checkpointing_enable()
     model.generation_config = GenerationConfig(repetition_penalty=3.0, top_k=1, suppress_tokens=[5])
     asked, sampling = requests(4, 9), Sampling(12, temperature=1.5)
-    assert tokens(make(model).generate(asked, sampling)) == tokens(make(plain).generate(asked, sampling))
+    assert tokens(make(model).generate(asked, sampling)) == tokens(
+        make(plain).generate(asked, sampling)
+    )
 
 
 @both
 def test_active_adapters_write(make):
     plain = tiny()
-    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        tiny(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     asked, sampling = requests(4, 9), Sampling(12, temperature=0.0)
     got = tokens(make(model).generate(asked, sampling))
-    assert got == [[transformers_greedy(model.get_base_model(), r.prompt.ids, 12)] * 3 for r in asked]
+    assert got == [
+        [transformers_greedy(model.get_base_model(), r.prompt.ids, 12)] * 3 for r in asked
+    ]
     assert got != tokens(make(plain).generate(asked, sampling))
 
 
@@ -301,7 +359,11 @@ def test_mixed_precision_reaches_the_forward_pass(make):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             expected = full_logps(model, request.prompt.ids, completion.ids)
         error = (torch.tensor(completion.logps) - expected).abs().max()
-        exact = (torch.tensor(completion.logps) - full_logps(model, request.prompt.ids, completion.ids)).abs().max()
+        exact = (
+            (torch.tensor(completion.logps) - full_logps(model, request.prompt.ids, completion.ids))
+            .abs()
+            .max()
+        )
         assert exact > 1e-4
         assert error < 0.3
 
@@ -322,7 +384,9 @@ def test_a_static_cache_writes_the_same():
 
 def built(model, **settings):
     settings = RolloutSettings(max_completion_length=8, **settings)
-    return build_engine(settings, lambda: model, PromptEncoder.build(tiny_tokenizer(), model, settings))
+    return build_engine(
+        settings, lambda: model, PromptEncoder.build(tiny_tokenizer(), model, settings)
+    )
 
 
 def test_auto_takes_the_shared_prefix_where_it_serves_the_model():
@@ -337,7 +401,9 @@ def requests_of_words():
 
 
 def test_auto_falls_back_to_generate_and_says_why_once(caplog):
-    model = MambaForCausalLM(MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4))
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
     engine = built(model)
     with caplog.at_level(logging.WARNING, logger="gmpo"):
         for _ in range(2):
@@ -391,7 +457,12 @@ def unseen_first_token(monkeypatch):
     monkeypatch.setattr(SharedPrefixCache, "_own_bias", later)
 
 
-FAULTS = {"none": None, "positions": shifted_positions, "prompt": unseen_prompt_end, "token": unseen_first_token}
+FAULTS = {
+    "none": None,
+    "positions": shifted_positions,
+    "prompt": unseen_prompt_end,
+    "token": unseen_first_token,
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -406,7 +477,9 @@ def test_wrong_positions_and_masks_are_found_out_and_rounding_is_none(fault, dty
 
 
 def test_shared_prefix_by_name_is_an_error_where_it_fails():
-    model = MambaForCausalLM(MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4))
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
     with pytest.raises(ValueError, match=r"shared_prefix.*attention interface.*'generate'"):
         built(model, generation_engine="shared_prefix").generate(requests_of_words(), Sampling(4))
 
@@ -428,7 +501,11 @@ def test_options_that_cannot_act_are_refused_when_the_engine_is_built():
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("llama", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),
+        (
+            "llama",
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+            "linear_attention",
+        ),
         ("llama", {"is_encoder_decoder": True}, "encoder-decoder"),
         ("llama", {"num_kv_shared_layers": 1}, "share keys and values"),
         ("llama", {}, None),
@@ -450,7 +527,9 @@ def test_options_of_the_generate_loop_are_an_obstacle():
 def test_virtual_prompt_tokens_go_to_generate_and_act():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+        model = get_peft_model(
+            tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        ).eval()
         torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=3.0)
     assert "virtual" in obstacle(model, Sampling(4))
     (request,) = requests(6, count=1)
@@ -458,4 +537,6 @@ def test_virtual_prompt_tokens_go_to_generate_and_act():
     got = tokens(generate(model).generate([request], Sampling(10, temperature=0.0)))
     assert got == [[transformers_greedy(model, request.prompt.ids, 10)]]
     assert got != tokens(generate(tiny()).generate([request], Sampling(10, temperature=0.0)))
-    assert model.generation_config is defaults and model.get_base_model().generation_config is defaults
+    assert (
+        model.generation_config is defaults and model.get_base_model().generation_config is defaults
+    )

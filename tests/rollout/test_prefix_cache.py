@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from gmpo.rollout.prefix_cache import Scoring, after_removal, bias_of, causal_attention, grouping, part_of_attention
+from gmpo.rollout.prefix_cache import (
+    Scoring,
+    after_removal,
+    bias_of,
+    causal_attention,
+    grouping,
+    part_of_attention,
+)
 
 SCALE = 0.3
 

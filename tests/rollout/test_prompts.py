@@ -3,7 +3,13 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GenerationConfig, MambaConfig, PreTrainedTokenizerFast
 
-from gmpo.rollout.prompts import PromptEncoder, check_dataset, context_length, ending_tokens, padding_token
+from gmpo.rollout.prompts import (
+    PromptEncoder,
+    check_dataset,
+    context_length,
+    ending_tokens,
+    padding_token,
+)
 from gmpo.rollout.settings import RolloutSettings
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
@@ -11,7 +17,9 @@ from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 def encoder(tokenizer=None, **settings) -> PromptEncoder:
     context = settings.pop("context", None)
     settings = RolloutSettings(**{"max_completion_length": 4, **settings})
-    return PromptEncoder(tokenizer or tiny_tokenizer(), settings, eos=(1,), pad=0, context_length=context)
+    return PromptEncoder(
+        tokenizer or tiny_tokenizer(), settings, eos=(1,), pad=0, context_length=context
+    )
 
 
 def ids(text: str) -> list[int]:
@@ -25,12 +33,16 @@ def user(text: str) -> dict[str, str]:
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """Puts <s> before every text and </s> after it, as some tokenizers that were made for training do."""
     words = ["<s>", "</s>", "<unk>", "a", "b"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
@@ -78,7 +90,11 @@ def test_equal_rows_share_one_prompt_and_its_encoding():
     tokenizer = tiny_tokenizer()
     calls = []
     tokenize = tokenizer.__class__.__call__
-    counting = type("Counting", (tokenizer.__class__,), {"__call__": lambda s, t: calls.append(t) or tokenize(s, t)})
+    counting = type(
+        "Counting",
+        (tokenizer.__class__,),
+        {"__call__": lambda s, t: calls.append(t) or tokenize(s, t)},
+    )
     tokenizer.__class__ = counting
     a, b, again = encoder(tokenizer).encode([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}])
     assert a is again and a is not b
@@ -91,14 +107,23 @@ def test_equal_rows_share_one_prompt_and_its_encoding():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "a", "answer": "b"}], r"Row 0 has no `prompt`; its columns are \['answer', 'question'\]"),
+        (
+            [{"question": "a", "answer": "b"}],
+            r"Row 0 has no `prompt`; its columns are \['answer', 'question'\]",
+        ),
         ([{"prompt": "a"}, {"prompt": ""}], "row 1 is empty"),
         ([{"prompt": []}], "row 0 is empty"),
         ([{"prompt": "   "}], "row 0 has no tokens"),
         ([{"prompt": None}], "row 0 is None. It must be a text, or a list of messages"),
         ([{"prompt": ["a", "b"]}], r"row 0 is \['a', 'b'\]"),
-        ([{"prompt": "a"}, {"prompt": [user("a")]}], "row 1 is messages, but the rows before it hold a text"),
-        ([{"prompt": [user("a")]}, {"prompt": "a"}], "row 1 is a text, but the rows before it hold messages"),
+        (
+            [{"prompt": "a"}, {"prompt": [user("a")]}],
+            "row 1 is messages, but the rows before it hold a text",
+        ),
+        (
+            [{"prompt": [user("a")]}, {"prompt": "a"}],
+            "row 1 is a text, but the rows before it hold messages",
+        ),
         ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "row 0 holds an image"),
     ],
 )
@@ -116,7 +141,9 @@ def test_a_prompt_must_leave_room_for_its_completion():
     # 10 tokens of context less 4 of completion leave 6.
     fits = encoder(context=10)
     assert len(fits.encode([{"prompt": "a b c d e f"}])[0].ids) == 6
-    with pytest.raises(ValueError, match=r"row 1 has 7 tokens.*context of 10.*max_completion_length=4 leaves 6"):
+    with pytest.raises(
+        ValueError, match=r"row 1 has 7 tokens.*context of 10.*max_completion_length=4 leaves 6"
+    ):
         fits.encode([{"prompt": "a"}, {"prompt": "a b c d e f g"}])
 
 
@@ -137,11 +164,17 @@ def test_the_form_is_decided_once_for_the_dataset():
             Dataset.from_dict({"question": ["a"]}),
             r"eval_dataset: Row 0 has no `prompt`; its columns are \['question'\]",
         ),
-        (Dataset.from_dict({"prompt": ["a", "b", ""]}), "eval_dataset: The prompt of row 2 is empty"),
+        (
+            Dataset.from_dict({"prompt": ["a", "b", ""]}),
+            "eval_dataset: The prompt of row 2 is empty",
+        ),
         (Dataset.from_dict({"prompt": ["a", None]}), "row 1 is None"),
         ([{"prompt": "a"}, {"prompt": [user("a")]}], "row 1 is messages"),
         (IterableDataset.from_generator(lambda: iter([{"question": "a"}]), features=None), None),
-        (Dataset.from_dict({"question": ["a"]}).to_iterable_dataset(), r"its columns are \['question'\]"),
+        (
+            Dataset.from_dict({"question": ["a"]}).to_iterable_dataset(),
+            r"its columns are \['question'\]",
+        ),
     ],
     ids=["no column", "empty", "none", "mixed", "unknown columns", "stream without the column"],
 )
@@ -161,7 +194,9 @@ def test_a_good_dataset_passes_and_none_is_no_dataset():
 
 def test_a_dataset_with_a_transform_is_not_read_through():
     seen = []
-    dataset = Dataset.from_dict({"prompt": ["a"] * 50}).with_transform(lambda batch: seen.append(batch) or batch)
+    dataset = Dataset.from_dict({"prompt": ["a"] * 50}).with_transform(
+        lambda batch: seen.append(batch) or batch
+    )
     check_dataset(dataset, encoder())
     assert not seen
 

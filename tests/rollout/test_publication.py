@@ -27,7 +27,9 @@ MODELS = {
     "tied": lambda: tiny_model(tie_word_embeddings=True),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8)
+        Qwen3MoeConfig(
+            **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8
+        )
     ),
 }
 
@@ -81,7 +83,9 @@ def test_adapters_are_merged_as_peft_merges_them_and_the_policy_stays_as_it_is(o
     policy = adapted(**options)
     before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
     weights = dict(named_weights(policy))
-    assert all(torch.equal(before[name], parameter) for name, parameter in policy.named_parameters())
+    assert all(
+        torch.equal(before[name], parameter) for name, parameter in policy.named_parameters()
+    )
     merged = copy.deepcopy(policy).merge_and_unload().state_dict()
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights.keys() <= merged.keys()
     for name, weight in weights.items():
@@ -95,7 +99,9 @@ def test_two_hundred_publications_leave_every_bit_in_place():
     first = dict(named_weights(policy))
     for _ in range(200):
         last = dict(named_weights(policy))
-    assert all(torch.equal(before[name], parameter) for name, parameter in policy.named_parameters())
+    assert all(
+        torch.equal(before[name], parameter) for name, parameter in policy.named_parameters()
+    )
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
@@ -133,7 +139,9 @@ def test_an_adapter_that_unties_a_tied_weight_is_refused():
 
 
 def test_prompt_learning_is_refused():
-    policy = get_peft_model(tiny_model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    policy = get_peft_model(
+        tiny_model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    )
     with pytest.raises(ValueError, match="Use LoRA"):
         list(named_weights(policy))
 

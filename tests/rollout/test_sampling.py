@@ -13,7 +13,10 @@ from gmpo.rollout.settings import RolloutSettings
 from tests.rollout.cases import EOS, VOCABULARY, prompts, shared, tiny, tokens
 
 # 1e-4 quantile from above of the chi-square distribution, by Wilson and Hilferty's cube root approximation.
-CRITICAL = {df: df * (1 - 2 / (9 * df) + 3.719 * math.sqrt(2 / (9 * df))) ** 3 for df in range(1, VOCABULARY)}
+CRITICAL = {
+    df: df * (1 - 2 / (9 * df) + 3.719 * math.sqrt(2 / (9 * df))) ** 3
+    for df in range(1, VOCABULARY)
+}
 
 
 def generates_distribution(model, prompt: list[int], **options) -> torch.Tensor:
@@ -56,7 +59,9 @@ def test_tokens_follow_generates_distribution(options):
     extra = {name: value for name, value in options.items() if name == "typical_p"}
     fields = {name: value for name, value in options.items() if name not in extra}
     count = 4000
-    drawn = tokens(shared(model).generate([Request(prompt, count, 0)], Sampling(1, **fields, extra=extra)))[0]
+    drawn = tokens(
+        shared(model).generate([Request(prompt, count, 0)], Sampling(1, **fields, extra=extra))
+    )[0]
     counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=VOCABULARY).double()
     assert counts[expected == 0].sum() == 0
     common = expected * count >= 5
@@ -83,7 +88,9 @@ def test_pairs_of_tokens_follow_generates_distribution(name):
         expected = expected * len(seconds)
         common = expected >= 5
         cells = torch.stack([counts[~common].sum(), expected[~common].sum()])
-        statistic = ((counts - expected)[common] ** 2 / expected[common]).sum() + (cells[0] - cells[1]) ** 2 / cells[1]
+        statistic = ((counts - expected)[common] ** 2 / expected[common]).sum() + (
+            cells[0] - cells[1]
+        ) ** 2 / cells[1]
         assert int(common.sum()) > 2
         assert statistic < CRITICAL[int(common.sum())]
 
@@ -101,7 +108,9 @@ def test_inversion_over_any_vocabulary_is_the_search_in_float64(size):
     rows = (3 * torch.randn(50, size, generator=generator)).softmax(-1)
     numbers = torch.rand(50, dtype=torch.float64, generator=generator)
     cumulative = rows.double().cumsum(-1)
-    expected = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
+    expected = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[
+        :, 0
+    ]
     # float32 sums of blocks round at 1e-7: a number that close to a token's edge may fall on either side.
     differs = invert(rows, numbers) != expected
     edge = (cumulative - (numbers * cumulative[:, -1])[:, None]).abs().min(-1).values
@@ -143,5 +152,7 @@ def test_settings_become_sampling():
 
 
 def test_unknown_options_are_refused_by_name():
-    with pytest.raises(ValueError, match="generation_kwargs has num_beams, temprature, which can't act"):
+    with pytest.raises(
+        ValueError, match="generation_kwargs has num_beams, temprature, which can't act"
+    ):
         sampling_config(Sampling(4, extra={"temprature": 1.0, "num_beams": 2}), (EOS,))

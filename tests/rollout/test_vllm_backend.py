@@ -38,11 +38,15 @@ def test_weights_come_in_safetensors_files_alone(tmp_path):
 
 def test_an_nccl_group_is_not_joined_by_a_store_that_holds_pickles():
     with pytest.raises(ValueError, match="nccl_unique_id_b64 only"):
-        backend().init_transfer_engine({"nccl": {"master_address": "10.0.0.1", "master_port": 1, "world_size": 2}})
+        backend().init_transfer_engine(
+            {"nccl": {"master_address": "10.0.0.1", "master_port": 1, "world_size": 2}}
+        )
 
 
 def test_another_model_is_refused():
-    with pytest.raises(ValueError, match="trainer's model has vocab_size=17, this engine's model has 16"):
+    with pytest.raises(
+        ValueError, match="trainer's model has vocab_size=17, this engine's model has 16"
+    ):
         backend().init_transfer_engine({"model": {"vocab_size": 17}})
 
 
@@ -60,4 +64,8 @@ def test_nothing_in_the_rollout_stage_unpickles():
     folder = Path(gmpo.__file__).parent / "rollout"
     files = sorted(folder.glob("*.py"))
     assert files
-    assert [file.name for file in files if any(offends(node) for node in ast.walk(ast.parse(file.read_text())))] == []
+    assert [
+        file.name
+        for file in files
+        if any(offends(node) for node in ast.walk(ast.parse(file.read_text())))
+    ] == []

@@ -23,7 +23,9 @@ def channel(server, *, timeout=1.0, token=None):
 def test_a_request_ends_by_its_deadline(behaviour):
     with FakeVllm(answers={PATH: behaviour}) as server:
         began = time.monotonic()
-        with pytest.raises(VllmFault, match=rf"POST {server.address}{PATH} was not answered within 1 seconds") as fault:
+        with pytest.raises(
+            VllmFault, match=rf"POST {server.address}{PATH} was not answered within 1 seconds"
+        ) as fault:
             channel(server).post(PATH, {})
         assert time.monotonic() - began < 10  # of the 30 that the server would take
         assert fault.value.lost
@@ -73,7 +75,9 @@ def test_garbage_is_no_answer():
 
 def test_a_wrong_token_is_named():
     with FakeVllm(token="right") as server:
-        with pytest.raises(VllmFault, match=r"refuses the token \(401\). Set VLLM_API_KEY") as fault:
+        with pytest.raises(
+            VllmFault, match=r"refuses the token \(401\). Set VLLM_API_KEY"
+        ) as fault:
             channel(server, token="wrong").get("/version")
         assert not fault.value.lost
         assert channel(server, token="right").get("/version") == {"version": "0.32.0"}
@@ -100,7 +104,8 @@ def test_waiting_ends_with_what_was_wrong():
     with (
         FakeVllm(answers={"/health": (503, b"")}) as server,
         pytest.raises(
-            VllmFault, match=r"within 1 seconds: GET .*/health was answered with 503. Start it with `gmpo serve"
+            VllmFault,
+            match=r"within 1 seconds: GET .*/health was answered with 503. Start it with `gmpo serve",
         ),
     ):
         channel(server).wait(1.0)
@@ -140,7 +145,9 @@ def test_hanging_up_ends_what_waits_in_another_thread():
 
 
 def test_an_address_needs_a_scheme():
-    with pytest.raises(ValueError, match=r"'localhost:8000' is not the address of a server. Use http://host:port."):
+    with pytest.raises(
+        ValueError, match=r"'localhost:8000' is not the address of a server. Use http://host:port."
+    ):
         Channel("localhost:8000", token=None, timeout=1)
 
 

@@ -21,7 +21,11 @@ def test_the_worker_extension_tells_the_facts():
 
 def test_a_server_without_the_extension_is_asked_for_its_configuration():
     config = {
-        "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 64, "dtype": "torch.bfloat16"},
+        "model_config": {
+            "logprobs_mode": "processed_logprobs",
+            "max_model_len": 64,
+            "dtype": "torch.bfloat16",
+        },
         "weight_transfer_config": {"backend": "nccl"},
         "device_config": {"device": "cuda:0"},
         "lora_config": None,
@@ -33,7 +37,12 @@ def test_a_server_without_the_extension_is_asked_for_its_configuration():
     }
     with FakeVllm(answers=answers) as server:
         facts = client(server).facts()
-    assert facts.backend == "nccl" and facts.dtype == "bfloat16" and facts.device == "cuda" and facts.workers == 4
+    assert (
+        facts.backend == "nccl"
+        and facts.dtype == "bfloat16"
+        and facts.device == "cuda"
+        and facts.workers == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,7 +55,10 @@ def test_a_server_without_the_extension_is_asked_for_its_configuration():
             {"/collective_rpc": (404, b"{}"), "/server_info": (404, b"{}")},
             r"can't be given weights \(GET .*/server_info.* was answered with 404.*Start it with `gmpo serve MODEL`",
         ),
-        ({"/collective_rpc": {"results": [{**FACTS, "backend": "ipc"}]}}, r"its weight transfer is 'ipc'"),
+        (
+            {"/collective_rpc": {"results": [{**FACTS, "backend": "ipc"}]}},
+            r"its weight transfer is 'ipc'",
+        ),
     ],
 )
 def test_servers_that_cannot_be_used_are_refused_with_the_reason(answers, message):

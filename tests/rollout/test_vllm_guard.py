@@ -34,7 +34,9 @@ def answer(path, headers=(), *, kind="http"):
 RIGHT = [(b"authorization", b"Bearer secret")]
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/update_weights", "/collective_rpc", "/server_info", "/metrics", "/"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/update_weights", "/collective_rpc", "/server_info", "/metrics", "/"]
+)
 def test_every_path_asks_for_the_token(path):
     assert answer(path)["status"] == 401
     assert answer(path, [(b"authorization", b"Bearer wrong")])["status"] == 401

@@ -5,7 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from gmpo.rollout.settings import BOTH_MODES, COLOCATED_ONLY, SERVER_ONLY, RolloutSettings, check_vllm_options
+from gmpo.rollout.settings import (
+    BOTH_MODES,
+    COLOCATED_ONLY,
+    SERVER_ONLY,
+    RolloutSettings,
+    check_vllm_options,
+)
 from gmpo.rollout.vllm_colocate import check_ranks, engine_arguments, engine_dtype
 from gmpo.rollout.vllm_fleet import addresses
 from tests.tiny import tiny_model
@@ -33,7 +39,11 @@ OTHER = {  # a value of each option that is not its default
 
 
 def test_every_option_is_known_to_the_rules():
-    names = {field.name for field in dataclasses.fields(RolloutSettings) if field.name.startswith("vllm_")}
+    names = {
+        field.name
+        for field in dataclasses.fields(RolloutSettings)
+        if field.name.startswith("vllm_")
+    }
     assert names == {*BOTH_MODES, *COLOCATED_ONLY, *SERVER_ONLY} == OTHER.keys()
 
 
@@ -51,13 +61,21 @@ def test_a_colocated_engine_refuses_what_is_for_servers(name):
 
 @pytest.mark.parametrize("name", COLOCATED_ONLY)
 def test_a_server_refuses_what_is_for_a_colocated_engine(name):
-    with pytest.raises(ValueError, match=rf"{name}=.* would do nothing. Give it to the server \(gmpo serve MODEL"):
-        check_vllm_options(RolloutSettings(use_vllm=True, vllm_mode="server", **{name: OTHER[name]}))
+    with pytest.raises(
+        ValueError, match=rf"{name}=.* would do nothing. Give it to the server \(gmpo serve MODEL"
+    ):
+        check_vllm_options(
+            RolloutSettings(use_vllm=True, vllm_mode="server", **{name: OTHER[name]})
+        )
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"generation_engine": "generate"}, {"cache_implementation": "static"}, {"ds3_gather_for_generation": False}],
+    [
+        {"generation_engine": "generate"},
+        {"cache_implementation": "static"},
+        {"ds3_gather_for_generation": False},
+    ],
 )
 def test_vllm_refuses_what_is_for_transformers(options):
     with pytest.raises(ValueError, match="would do nothing"):
@@ -73,9 +91,15 @@ def test_the_defaults_of_all_engines_are_accepted():
 def test_which_servers():
     server = {"use_vllm": True, "vllm_mode": "server"}
     assert addresses(RolloutSettings(**server)) == ["http://127.0.0.1:8000"]
-    assert addresses(RolloutSettings(**server, vllm_server_host="n1", vllm_server_port=9)) == ["http://n1:9"]
-    assert addresses(RolloutSettings(**server, vllm_server_base_url="https://a/b")) == ["https://a/b"]
-    assert addresses(RolloutSettings(**server, vllm_server_addresses=["http://a:1", "http://b:1"])) == [
+    assert addresses(RolloutSettings(**server, vllm_server_host="n1", vllm_server_port=9)) == [
+        "http://n1:9"
+    ]
+    assert addresses(RolloutSettings(**server, vllm_server_base_url="https://a/b")) == [
+        "https://a/b"
+    ]
+    assert addresses(
+        RolloutSettings(**server, vllm_server_addresses=["http://a:1", "http://b:1"])
+    ) == [
         "http://a:1",
         "http://b:1",
     ]
@@ -83,7 +107,10 @@ def test_which_servers():
 
 def test_one_server_by_two_names_is_refused():
     settings = RolloutSettings(
-        use_vllm=True, vllm_mode="server", vllm_server_base_url="http://a:1", vllm_server_addresses=["http://b:1"]
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url="http://a:1",
+        vllm_server_addresses=["http://b:1"],
     )
     with pytest.raises(ValueError, match=r"are both set. Keep one"):
         check_vllm_options(settings)
@@ -100,7 +127,10 @@ def arguments(**options):
 
 def test_options_reach_vllm():
     made = arguments(
-        vllm_gpu_memory_utilization=0.5, vllm_max_model_length=64, vllm_enable_sleep_mode=True, vllm_model_impl="auto"
+        vllm_gpu_memory_utilization=0.5,
+        vllm_max_model_length=64,
+        vllm_enable_sleep_mode=True,
+        vllm_model_impl="auto",
     )
     assert (made["gpu_memory_utilization"], made["max_model_len"]) == (0.5, 64)
     assert made["enable_sleep_mode"] and made["model_impl"] == "auto"
@@ -116,13 +146,20 @@ def test_on_cpus_prompts_are_read_in_one_piece_unless_the_user_says_otherwise():
     assert arguments()["enable_chunked_prefill"] is False
     assert arguments()["block_size"] == 32
     assert arguments(vllm_engine_kwargs={"block_size": 64})["block_size"] == 64
-    assert arguments(vllm_engine_kwargs={"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
+    assert (
+        arguments(vllm_engine_kwargs={"enable_chunked_prefill": True})["enable_chunked_prefill"]
+        is True
+    )
     settings = RolloutSettings(use_vllm=True)
-    elsewhere = engine_arguments(settings, tiny_model().to("meta"), folder="F", dtype=torch.bfloat16)
+    elsewhere = engine_arguments(
+        settings, tiny_model().to("meta"), folder="F", dtype=torch.bfloat16
+    )
     assert "enable_chunked_prefill" not in elsewhere and "block_size" not in elsewhere
 
 
-@pytest.mark.parametrize("name", ["model", "load_format", "weight_transfer_config", "logprobs_mode"])
+@pytest.mark.parametrize(
+    "name", ["model", "load_format", "weight_transfer_config", "logprobs_mode"]
+)
 def test_engine_kwargs_leave_what_is_ours_alone(name):
     with pytest.raises(ValueError, match=rf"'{name}', which gmpo sets itself"):
         arguments(vllm_engine_kwargs={name: "x"})
@@ -134,7 +171,9 @@ def test_engine_kwargs_point_to_the_option():
 
 
 def test_a_float32_head_is_one_in_vllm_too():
-    settings = RolloutSettings(use_vllm=True, vllm_engine_kwargs={"hf_overrides": {"rope_theta": 1.0}})
+    settings = RolloutSettings(
+        use_vllm=True, vllm_engine_kwargs={"hf_overrides": {"rope_theta": 1.0}}
+    )
     settings.cast_lm_head_to_fp32 = True
     made = engine_arguments(settings, tiny_model(), folder="F", dtype=torch.bfloat16)
     assert made["hf_overrides"] == {"rope_theta": 1.0, "head_dtype": "float32"}

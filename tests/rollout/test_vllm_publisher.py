@@ -36,7 +36,11 @@ class Receiver:
 
 
 def test_buckets_hold_every_tensor_once_in_order():
-    assert [[name for name, _ in bucket] for bucket in buckets(WEIGHTS, size=32)] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [[name for name, _ in bucket] for bucket in buckets(WEIGHTS, size=32)] == [
+        ["0", "1"],
+        ["2", "3"],
+        ["4"],
+    ]
     assert list(buckets([], size=32)) == []
 
 

@@ -8,7 +8,9 @@ from gmpo.types import Prompt
 
 
 def options(extra=None, *, regex=None, **changes):
-    return vllm_sampling(Sampling(max_new_tokens=8, extra=extra or {}, **changes), eos=(1, 2), regex=regex)
+    return vllm_sampling(
+        Sampling(max_new_tokens=8, extra=extra or {}, **changes), eos=(1, 2), regex=regex
+    )
 
 
 def test_every_field_has_its_name_in_vllm():
@@ -39,11 +41,15 @@ def test_further_end_tokens_are_added_to_the_models():
 
 def test_end_tokens_that_are_to_be_ignored_end_nothing():
     """vLLM's own ignore_eos knows nothing of further stop tokens."""
-    options = vllm_sampling(Sampling(4, extra={"ignore_eos": True, "stop_token_ids": [9]}), eos=(1, 2)).options
+    options = vllm_sampling(
+        Sampling(4, extra={"ignore_eos": True, "stop_token_ids": [9]}), eos=(1, 2)
+    ).options
     assert options["stop_token_ids"] == [9] and options["ignore_eos"]
 
 
-@pytest.mark.parametrize("name", ["num_beams", "n", "seed", "logprobs", "prompt_logprobs", "tempreature"])
+@pytest.mark.parametrize(
+    "name", ["num_beams", "n", "seed", "logprobs", "prompt_logprobs", "tempreature"]
+)
 def test_what_vllm_does_not_know_or_gmpo_sets_is_refused(name):
     with pytest.raises(ValueError, match=rf"generation_kwargs has \['{name}'\]"):
         options({name: 1})
@@ -58,11 +64,19 @@ def test_a_regex_goes_along_and_is_refused_twice():
 
 def test_on_scaled_logits_the_temperature_is_one_and_what_is_added_to_logits_is_scaled():
     """Penalty a and temperature T: (l - a) / T = l / T - a / T."""
-    it = options({"presence_penalty": 0.6, "logit_bias": {"3": 1.0}}, temperature=0.5, repetition_penalty=1.2)
+    it = options(
+        {"presence_penalty": 0.6, "logit_bias": {"3": 1.0}}, temperature=0.5, repetition_penalty=1.2
+    )
     assert it.logits_scale == 2.0
     scaled = it.on_scaled_logits()
-    assert (scaled["temperature"], scaled["presence_penalty"], scaled["logit_bias"]) == (1.0, 1.2, {"3": 2.0})
-    assert scaled["repetition_penalty"] == 1.2  # divides or multiplies logits: commutes with a scale
+    assert (scaled["temperature"], scaled["presence_penalty"], scaled["logit_bias"]) == (
+        1.0,
+        1.2,
+        {"3": 2.0},
+    )
+    assert (
+        scaled["repetition_penalty"] == 1.2
+    )  # divides or multiplies logits: commutes with a scale
     assert it.options["presence_penalty"] == 0.6
 
 
@@ -73,7 +87,13 @@ def test_greedy_stays_greedy_on_unscaled_logits():
 
 @pytest.mark.parametrize(
     ("changes", "truncated"),
-    [({}, False), ({"temperature": 0.3}, False), ({"top_p": 0.9}, True), ({"top_k": 3}, True), ({"min_p": 0.1}, True)],
+    [
+        ({}, False),
+        ({"temperature": 0.3}, False),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 3}, True),
+        ({"min_p": 0.1}, True),
+    ],
 )
 def test_truncation_is_known(changes, truncated):
     assert options(**changes).truncated == truncated
@@ -87,7 +107,9 @@ def test_seeds_leave_room_for_the_number_of_a_sample():
 def test_what_does_not_fit_is_named():
     request = Request(Prompt([3] * 10, "the prompt"), 1, 0)
     check_room([request], options().options, 18, remedy="Do")
-    with pytest.raises(ValueError, match=r"completion of up to 8 make 18, and vLLM takes 17. Do, lower"):
+    with pytest.raises(
+        ValueError, match=r"completion of up to 8 make 18, and vLLM takes 17. Do, lower"
+    ):
         check_room([request], options().options, 17, remedy="Do")
 
 

@@ -45,10 +45,17 @@ def test_each_prompt_is_sent_once_with_its_count_and_its_seed():
         it = engine(server)
         it.publish(0)
         completions = it.generate([request(3, 4), request(7, count=3, seed=2**63 + 1)], SAMPLING)
-        bodies = [body for path, body in server.requests if path == GENERATE and "seed" in body["sampling_params"]]
+        bodies = [
+            body
+            for path, body in server.requests
+            if path == GENERATE and "seed" in body["sampling_params"]
+        ]
     assert completions[0] == [Completion([4, number, 1], "stop", [-0.5] * 3) for number in range(2)]
     assert [len(group) for group in completions] == [2, 3]
-    assert sorted((body["token_ids"], body["sampling_params"]["n"]) for body in bodies) == [([3, 4], 2), ([7], 3)]
+    assert sorted((body["token_ids"], body["sampling_params"]["n"]) for body in bodies) == [
+        ([3, 4], 2),
+        ([7], 3),
+    ]
     assert {body["sampling_params"]["seed"] for body in bodies} == {5, (2**63 + 1) % 2**62}
 
 
@@ -105,7 +112,11 @@ def test_two_servers_share_the_prompts_and_get_the_same_weights():
 
 def test_servers_that_differ_are_refused():
     other = {"/collective_rpc": {"results": [{**FACTS, "dtype": "bfloat16"}]}}
-    with FakeVllm() as first, FakeVllm(answers=other) as second, pytest.raises(VllmFault, match="The servers differ"):
+    with (
+        FakeVllm() as first,
+        FakeVllm(answers=other) as second,
+        pytest.raises(VllmFault, match="The servers differ"),
+    ):
         engine(first, second)
 
 
@@ -122,7 +133,11 @@ def test_temperature_is_the_servers_logit_scale_so_that_raw_log_probs_are_of_the
         it.publish(0)
         it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9))
         it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9))
-        infos = [body["init_info"] for path, body in server.requests if path == "/init_weight_transfer_engine"]
+        infos = [
+            body["init_info"]
+            for path, body in server.requests
+            if path == "/init_weight_transfer_engine"
+        ]
         params = server.requests[-1][1]["sampling_params"]
     assert [info["logits_scale"] for info in infos] == [1.0, 2.0]
     assert (params["temperature"], params["top_p"], params["logprobs"]) == (1.0, 0.9, 0)
@@ -138,7 +153,9 @@ def test_temperature_is_the_servers_logit_scale_so_that_raw_log_probs_are_of_the
         ("processed_logprobs", Sampling(8, top_k=3), False),
     ],
 )
-def test_a_server_without_gmpo_reports_log_probs_only_of_the_right_distribution(mode, sampling, reported):
+def test_a_server_without_gmpo_reports_log_probs_only_of_the_right_distribution(
+    mode, sampling, reported
+):
     facts = {**FACTS, "backend": "nccl", "logprobs_mode": mode}
     with FakeVllm(answers={"/collective_rpc": {"results": [facts]}}) as server:
         it = engine(server)
@@ -153,7 +170,11 @@ def wrong(**changes):
     """An answer with one choice that differs from a good one."""
 
     def answer(server, body):
-        return {"choices": [server.choice(n, body, **changes) for n in range(body["sampling_params"]["n"])]}
+        return {
+            "choices": [
+                server.choice(n, body, **changes) for n in range(body["sampling_params"]["n"])
+            ]
+        }
 
     return answer
 
@@ -177,7 +198,9 @@ def test_answers_that_are_none_are_errors(answer, message):
         it = engine(server)
         it.publish(0)
         real = server._answer
-        server._answer = lambda path, body: answer(server, body) if path == GENERATE else real(path, body)
+        server._answer = lambda path, body: (
+            answer(server, body) if path == GENERATE else real(path, body)
+        )
         with pytest.raises(VllmFault, match=message) as fault:
             it.generate([request(3)], SAMPLING)
         assert fault.value.raised_on_every_rank
@@ -211,7 +234,9 @@ def test_a_generation_that_does_not_come_ends_in_time_and_is_asked_for_once(beha
         assert server.count(GENERATE) == before + 1
 
 
-@pytest.mark.parametrize("path", ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update"])
+@pytest.mark.parametrize(
+    "path", ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+)
 @pytest.mark.parametrize("behaviour", [silent, breaking_off])
 def test_a_publication_that_stops_anywhere_ends_in_time(path, behaviour):
     with FakeVllm() as server:
@@ -219,7 +244,9 @@ def test_a_publication_that_stops_anywhere_ends_in_time(path, behaviour):
         it.publish(0)
         server.answers[path] = behaviour
         began = time.monotonic()
-        with pytest.raises(VllmFault, match=rf"{path}.* (was not answered within 2 seconds|broke off)") as fault:
+        with pytest.raises(
+            VllmFault, match=rf"{path}.* (was not answered within 2 seconds|broke off)"
+        ) as fault:
             it.publish(1)
         assert time.monotonic() - began < 15
         assert fault.value.raised_on_every_rank
@@ -245,7 +272,9 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_sent():
         it = engine(server)
         it.publish(0)
         before = server.count(GENERATE)
-        with pytest.raises(ValueError, match=r"make 129, and vLLM takes 128. Serve with a larger --max-model-len"):
+        with pytest.raises(
+            ValueError, match=r"make 129, and vLLM takes 128. Serve with a larger --max-model-len"
+        ):
             it.generate([request(*[3] * 121)], SAMPLING)
         assert server.count(GENERATE) == before
 
@@ -267,7 +296,9 @@ def test_a_server_that_was_restarted_between_steps_is_noticed_before_it_gets_wei
         it = engine(server)
         it.publish(0)
         server.version = "default"
-        with pytest.raises(VllmFault, match=r"answered from the weights \['default'\], not from 'gmpo-.*:0'"):
+        with pytest.raises(
+            VllmFault, match=r"answered from the weights \['default'\], not from 'gmpo-.*:0'"
+        ):
             it.publish(1)
         assert server.count("/start_weight_update") == 1
 
@@ -280,7 +311,11 @@ def test_with_reconnect_a_restarted_server_is_told_everything_anew():
         server.version = "default"
         it.publish(1)
         it.generate([request(3)], Sampling(8, temperature=0.5))
-        infos = [body["init_info"] for path, body in server.requests if path == "/init_weight_transfer_engine"]
+        infos = [
+            body["init_info"]
+            for path, body in server.requests
+            if path == "/init_weight_transfer_engine"
+        ]
         assert [info["logits_scale"] for info in infos] == [1.0, 2.0, 1.0, 2.0]
         assert server.count("/weight_checker") == 2 and server.version == f"{it.run}:1"
 

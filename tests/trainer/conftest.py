@@ -6,7 +6,9 @@ from datasets import Dataset
 from gmpo import GMPOConfig, GMPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
-PROMPTS = Dataset.from_list([{"prompt": " ".join("abcdefgh"[: 1 + i % 6]), "wanted": "a"} for i in range(16)])
+PROMPTS = Dataset.from_list(
+    [{"prompt": " ".join("abcdefgh"[: 1 + i % 6]), "wanted": "a"} for i in range(16)]
+)
 
 
 def share_of_a(completions, **columns):

@@ -22,7 +22,11 @@ REFUSED = [
     ({"train_dataset": Dataset.from_list([{"text": "a"}] * 8)}, ValueError, "prompt.*text"),
     (rows("a", "", "b", "c"), ValueError, "empty"),
     (rows("a", "b"), ValueError, r"2 prompt\(s\).*needs 4"),
-    ({**rows(*[USER] * 8), "processing_class": tiny_tokenizer(chat_template=False)}, ValueError, "chat template"),
+    (
+        {**rows(*[USER] * 8), "processing_class": tiny_tokenizer(chat_template=False)},
+        ValueError,
+        "chat template",
+    ),
     ({"reward_funcs": None}, ValueError, "no reward"),
     ({"reward_funcs": []}, ValueError, "no reward"),
     ({"reward_funcs": 3}, ValueError, "3|int"),
@@ -31,26 +35,40 @@ REFUSED = [
     ({"model_init_kwargs": {"dtype": "float32"}}, ValueError, "model_init_kwargs"),
     ({"tools": [print]}, ValueError, "tools is not available yet"),
     ({"train_dataset": None}, ValueError, "train_dataset"),
-    ({"train_dataset": STREAM, "dataloader_num_workers": 2}, ValueError, "dataloader_num_workers=2 with an iterable"),
+    (
+        {"train_dataset": STREAM, "dataloader_num_workers": 2},
+        ValueError,
+        "dataloader_num_workers=2 with an iterable",
+    ),
     ({"eval_dataset": Dataset.from_list([{"text": "a"}])}, ValueError, "eval_dataset.*prompt"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), REFUSED, ids=lambda value: str(value)[:50]
+)
 def test_bad_input_is_refused_with_what_was_got(make_trainer, changes, error, message):
     with pytest.raises(error, match=message):
         make_trainer(**changes).train()
 
 
 def test_a_path_that_does_not_exist_is_refused_before_anything_is_loaded(make_trainer, monkeypatch):
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded")
+    )
     with pytest.raises(ValueError, match="nowhere"):
         make_trainer(model="./nowhere/at-all", processing_class=None)
 
 
 def test_a_plain_grpo_config_is_refused_since_its_window_is_no_log_ratio(tmp_path):
     with pytest.raises(TypeError, match="GMPOConfig"):
-        GMPOTrainer(tiny_model(), share_of_a, GRPOConfig(str(tmp_path)), PROMPTS, processing_class=tiny_tokenizer())
+        GMPOTrainer(
+            tiny_model(),
+            share_of_a,
+            GRPOConfig(str(tmp_path)),
+            PROMPTS,
+            processing_class=tiny_tokenizer(),
+        )
 
 
 def test_a_config_whose_window_cannot_act_warns(make_trainer):
@@ -85,7 +103,9 @@ def test_what_a_reward_may_not_answer_names_the_function(make_trainer, answer, m
         make_trainer(reward_funcs=judge).train()
 
 
-def test_a_reward_that_raises_stops_the_run_with_its_own_error_and_leaves_a_checkpoint_that_goes_on(make_trainer):
+def test_a_reward_that_raises_stops_the_run_with_its_own_error_and_leaves_a_checkpoint_that_goes_on(
+    make_trainer,
+):
     calls = []
 
     def judge(completions, **columns):
@@ -124,7 +144,9 @@ def test_resuming_where_there_is_nothing_says_so(make_trainer):
 
 def test_without_args_the_folder_is_named_after_model_and_method(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trainer = GMPOTrainer(tiny_model(), share_of_a, train_dataset=PROMPTS, processing_class=tiny_tokenizer())
+    trainer = GMPOTrainer(
+        tiny_model(), share_of_a, train_dataset=PROMPTS, processing_class=tiny_tokenizer()
+    )
     assert isinstance(trainer.args, GMPOConfig)
     assert trainer.args.output_dir == "model-GMPO"
 
@@ -132,7 +154,10 @@ def test_without_args_the_folder_is_named_after_model_and_method(tmp_path, monke
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tokenizer", r"GMPOTrainer has no argument 'tokenizer'. It is called processing_class here."),
+        (
+            "tokenizer",
+            r"GMPOTrainer has no argument 'tokenizer'. It is called processing_class here.",
+        ),
         ("beta", r"It is an option: args=GMPOConfig\(beta=...\)"),
         ("reward_fns", r"Did you mean reward_funcs\?"),
     ],
@@ -143,4 +168,9 @@ def test_an_argument_that_does_not_exist_is_refused_with_what_to_use(name, messa
 
 
 def test_the_signature_still_shows_the_arguments():
-    assert list(inspect.signature(GMPOTrainer).parameters)[:4] == ["model", "reward_funcs", "args", "train_dataset"]
+    assert list(inspect.signature(GMPOTrainer).parameters)[:4] == [
+        "model",
+        "reward_funcs",
+        "args",
+        "train_dataset",
+    ]

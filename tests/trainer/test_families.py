@@ -42,7 +42,9 @@ def letters(completions, **columns):
 
 
 MODELS = {
-    "soft-capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)),
+    "soft-capped": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)
+    ),
     "scaled down": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
     "scaled up": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=2.0)),
     "shifted": with_biased_head,
@@ -54,11 +56,18 @@ MODELS = {
 def test_what_is_scored_is_what_the_model_itself_says(make_trainer, name, engine):
     torch.manual_seed(0)
     trainer = make_trainer(
-        model=MODELS[name](), reward_funcs=letters, max_steps=1, temperature=0.7, generation_engine=engine
+        model=MODELS[name](),
+        reward_funcs=letters,
+        max_steps=1,
+        temperature=0.7,
+        generation_engine=engine,
     )
     seen = []
     report = trainer._report
-    trainer._report = lambda collection, **keywords: (seen.append(collection), report(collection, **keywords))
+    trainer._report = lambda collection, **keywords: (
+        seen.append(collection),
+        report(collection, **keywords),
+    )
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
     assert trainer.state.log_history[0]["sampling/sampling_logp_difference/max"] < 1e-4
@@ -68,7 +77,9 @@ def test_what_is_scored_is_what_the_model_itself_says(make_trainer, name, engine
         with torch.no_grad():
             logits = trainer.model.eval()(ids).logits[0, len(rollout.prompt.ids) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(rollout.ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(rollout.sampler_logps), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(rollout.sampler_logps), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_every_end_token_of_the_model_ends_a_completion_and_none_counts_as_truncated(make_trainer):

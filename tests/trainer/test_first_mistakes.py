@@ -28,7 +28,9 @@ def test_inherited_numbers_have_a_range_too(tmp_path, option, value):
 
 
 def test_options_that_are_gone_say_what_to_do_instead():
-    with pytest.raises(ValueError, match=r"no option 'max_prompt_length'. Prompts are never cut: drop those"):
+    with pytest.raises(
+        ValueError, match=r"no option 'max_prompt_length'. Prompts are never cut: drop those"
+    ):
         GMPOConfig("out", max_prompt_length=512)
 
 
@@ -36,7 +38,9 @@ def test_a_reward_that_needs_a_missing_column_is_refused_at_once(make_trainer):
     def graded(completions, answer):
         return [0.0] * len(completions)
 
-    with pytest.raises(ValueError, match=r"'graded' needs 'answer', which the dataset does not have.*wanted"):
+    with pytest.raises(
+        ValueError, match=r"'graded' needs 'answer', which the dataset does not have.*wanted"
+    ):
         make_trainer(reward_funcs=graded)
 
 
@@ -51,7 +55,9 @@ def test_a_column_that_is_dropped_is_a_missing_one(make_trainer):
 
 def test_a_dict_of_splits_is_no_training_set(make_trainer):
     splits = DatasetDict(train=Dataset.from_list([{"prompt": "a"}]))
-    with pytest.raises(ValueError, match=r"train_dataset is a dict of datasets \('train'\). Pass one .*\['train'\]"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset is a dict of datasets \('train'\). Pass one .*\['train'\]"
+    ):
         make_trainer(train_dataset=splits)
 
 
@@ -61,7 +67,9 @@ def test_an_empty_training_set_is_called_empty(make_trainer):
 
 
 def test_a_model_is_a_name_a_path_or_a_model(make_trainer, tmp_path):
-    with pytest.raises(TypeError, match=r"model=None \(NoneType\) is neither a name or path nor a model"):
+    with pytest.raises(
+        TypeError, match=r"model=None \(NoneType\) is neither a name or path nor a model"
+    ):
         make_trainer(model=None)
     tiny_model().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
@@ -78,5 +86,7 @@ def test_a_chat_template_that_refuses_a_prompt_is_named_with_it(make_trainer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     rows = [{"prompt": [{"role": "user", "content": "a b"}]}] * 8
     trainer = make_trainer(processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
-    with pytest.raises(ValueError, match=r"chat template refuses the prompt .*'a b'.*roles must alternate"):
+    with pytest.raises(
+        ValueError, match=r"chat template refuses the prompt .*'a b'.*roles must alternate"
+    ):
         trainer.train()

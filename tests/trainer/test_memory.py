@@ -49,11 +49,15 @@ def run(make_trainer, weights, tokens=10**6, after=0, **options):
 def test_the_update_is_that_of_enough_memory(make_trainer, weights, accumulation, after):
     options = {"gradient_accumulation_steps": accumulation, "steps_per_generation": 2}
     expected, plain, _ = run(make_trainer, weights, **options)
-    with pytest.warns(UserWarning, match=r"Out of memory in a chunk of \d+ tokens: the step is repeated"):
+    with pytest.warns(
+        UserWarning, match=r"Out of memory in a chunk of \d+ tokens: the step is repeated"
+    ):
         found, trainer, failures = run(make_trainer, weights, tokens=30, after=after, **options)
     assert len(failures) >= 1 and trainer.learner.max_tokens_per_chunk <= 30
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)  # Llama norms in float32
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-6
+        )  # Llama norms in float32
     for mine, theirs in zip(trainer.state.log_history, plain.state.log_history, strict=True):
         for name in ("loss", "log_ratio/max", "entropy", "clip_ratio/region_mean"):
             assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-4, abs=1e-6)
@@ -65,10 +69,14 @@ def test_a_completion_that_does_not_fit_alone_is_an_error(make_trainer, weights)
     assert any("Lower max_completion_length" in note for note in caught.value.__notes__)
 
 
-def test_of_several_ranks_none_starts_a_collective_where_its_memory_runs_out(make_trainer, monkeypatch):
+def test_of_several_ranks_none_starts_a_collective_where_its_memory_runs_out(
+    make_trainer, monkeypatch
+):
     trainer, met = make_trainer(), []
     monkeypatch.setattr("gmpo.learn.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("gmpo.learn.distributed.reduced", lambda *given: met.append(given) or torch.ones(()))
+    monkeypatch.setattr(
+        "gmpo.learn.distributed.reduced", lambda *given: met.append(given) or torch.ones(())
+    )
     trainer.learner.in_step = True
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.learner.make_room(torch.OutOfMemoryError("no room"), make_batch())

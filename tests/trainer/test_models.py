@@ -11,7 +11,12 @@ from gmpo import GMPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.conftest import PROMPTS
 
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "lora_dropout": 0.0}
+LORA = {
+    "r": 4,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+    "lora_dropout": 0.0,
+}
 
 
 def rewards_of(trainer):
@@ -89,12 +94,21 @@ def test_the_model_card_names_method_paper_and_data(make_trainer):
     trainer.create_model_card(model_name="counter", dataset_name="me/letters", tags=["tiny"])
     with open(os.path.join(trainer.args.output_dir, "README.md"), encoding="utf-8") as file:
         text = file.read()
-    for part in ("GMPO", "Geometric-Mean Policy Optimization", "2507.20673", "me/letters", "counter", "tiny"):
+    for part in (
+        "GMPO",
+        "Geometric-Mean Policy Optimization",
+        "2507.20673",
+        "me/letters",
+        "counter",
+        "tiny",
+    ):
         assert part in text, part
     assert "DeepSeekMath" not in text
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial"])
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+)
 def test_every_schedule_moves_the_learning_rate_its_way(make_trainer, schedule):
     trainer = make_trainer(lr_scheduler_type=schedule, warmup_steps=2, learning_rate=1e-3)
     trainer.train()
@@ -164,7 +178,9 @@ def test_the_public_example_runs_with_the_import_line_changed(tmp_path, monkeypa
     trainer = GMPOTrainer(
         model="model",
         reward_funcs=reward_num_unique_letters,
-        args=GMPOConfig(output_dir="out", max_steps=1, steps_per_generation=2, max_completion_length=16),
+        args=GMPOConfig(
+            output_dir="out", max_steps=1, steps_per_generation=2, max_completion_length=16
+        ),
         train_dataset=PROMPTS,
     )
     trainer.train()

@@ -27,7 +27,9 @@ class Reward:
 def trained_batches(trainer):
     """Train; the batch of each micro-step."""
     batches, step = [], trainer.training_step
-    trainer.training_step = lambda model, inputs, *rest: batches.append(inputs.batch) or step(model, inputs, *rest)
+    trainer.training_step = lambda model, inputs, *rest: (
+        batches.append(inputs.batch) or step(model, inputs, *rest)
+    )
     trainer.train()
     return batches
 
@@ -49,7 +51,9 @@ def test_prompts_without_signal_make_room_for_others(make_trainer):
     trained = trained_batches(trainer)
     assert reward.prompts[0] == [row["prompt"] for row in DULL[:4] for _ in range(4)]
     (batch,) = trained
-    assert all(len(set(rows.tolist())) == 2 for rows in batch.advantages.view(-1, 4))  # every group has a signal
+    assert all(
+        len(set(rows.tolist())) == 2 for rows in batch.advantages.view(-1, 4)
+    )  # every group has a signal
     drawn = {prompt for prompts in reward.prompts[1:] for prompt in prompts}
     assert not drawn & {row["prompt"] for row in DULL[:4]}
     dropped = sum(len(prompts) for prompts in reward.prompts) - 16
@@ -67,14 +71,21 @@ def test_the_search_ends_after_max_resamples(make_trainer):
         max_steps=1,
     )
     trainer.train()
-    assert [len(prompts) for prompts in reward.prompts] == [16, 8, 8]  # there are only two other prompts to draw
+    assert [len(prompts) for prompts in reward.prompts] == [
+        16,
+        8,
+        8,
+    ]  # there are only two other prompts to draw
     assert logged(trainer, "signal/rows") == [0.0]
 
 
 def test_a_collection_full_of_signal_is_left_alone(make_trainer):
     reward = Reward()
     make_trainer(
-        reward_funcs=reward, train_dataset=Dataset.from_list(LIVELY), zero_signal_groups="resample", max_steps=1
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list(LIVELY),
+        zero_signal_groups="resample",
+        max_steps=1,
     ).train()
     assert reward.calls == 1
 
@@ -86,7 +97,9 @@ def test_a_stream_has_no_other_prompts_to_give(make_trainer):
 
 
 def test_max_resamples_alone_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="max_resamples=5 would do nothing with zero_signal_groups='skip'"):
+    with pytest.raises(
+        ValueError, match="max_resamples=5 would do nothing with zero_signal_groups='skip'"
+    ):
         make_trainer(max_resamples=5)
 
 
@@ -95,7 +108,10 @@ def test_spare_rows_are_other_prompts_each_once_in_the_order_of_the_seed():
     drawn = SpareRows(rows).draw(2, without={prompt_key({"prompt": "a"})}, seed=0)
     assert len({row["prompt"] for row in drawn}) == 2 and {"prompt": "a"} not in drawn
     assert len(SpareRows(rows).draw(9, without=set(), seed=0)) == 4
-    orders = {tuple(row["prompt"] for row in SpareRows(rows).draw(4, without=set(), seed=seed)) for seed in range(20)}
+    orders = {
+        tuple(row["prompt"] for row in SpareRows(rows).draw(4, without=set(), seed=seed))
+        for seed in range(20)
+    }
     assert len(orders) > 3
     again = SpareRows(rows).draw(4, without=set(), seed=7)
     assert again == SpareRows(rows).draw(4, without=set(), seed=7)

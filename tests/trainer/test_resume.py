@@ -7,10 +7,21 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-SAVING = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "steps_per_generation": 2, "learning_rate": 1e-2}
+SAVING = {
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "max_steps": 8,
+    "steps_per_generation": 2,
+    "learning_rate": 1e-2,
+}
 CASES = {
     "plain": {},
-    "moving reference": {"beta": 0.3, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    "moving reference": {
+        "beta": 0.3,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 0.5,
+    },
     "moving reference of an adapter": {
         "beta": 0.3,
         "sync_ref_model": True,
@@ -42,5 +53,11 @@ def test_a_checkpoint_holds_no_pickle_of_ours(make_trainer):
     run = make_trainer(**SAVING, **CASES["moving reference"])
     run.train()
     folder = f"{run.args.output_dir}/checkpoint-4"
-    assert {file.name for file in Path(folder).glob("gmpo*")} == {"gmpo_state.json", "gmpo_reference.safetensors"}
-    assert load_file(f"{folder}/gmpo_reference.safetensors").keys() == dict(run.model.named_parameters()).keys()
+    assert {file.name for file in Path(folder).glob("gmpo*")} == {
+        "gmpo_state.json",
+        "gmpo_reference.safetensors",
+    }
+    assert (
+        load_file(f"{folder}/gmpo_reference.safetensors").keys()
+        == dict(run.model.named_parameters()).keys()
+    )

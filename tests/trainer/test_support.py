@@ -99,9 +99,18 @@ def test_sampler_and_trainer_both_sum_to_one_over_the_tokens_that_could_be_drawn
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
 def test_cutting_a_batch_into_chunks_and_layouts_keeps_the_update(run, weights, layout):
-    options = {"top_p": 0.8, "repetition_penalty": 1.2, "learning_rate": 1e-2, "optim": "sgd", "beta": 0.1}
+    options = {
+        "top_p": 0.8,
+        "repetition_penalty": 1.2,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "beta": 0.1,
+    }
     results = []
-    for changes in ({"batch_layout": "padded"}, {"batch_layout": layout, "max_tokens_per_chunk": 24}):
+    for changes in (
+        {"batch_layout": "padded"},
+        {"batch_layout": layout, "max_tokens_per_chunk": 24},
+    ):
         trainer, _ = run(max_grad_norm=0.0, **options, **changes)
         results.append(weights(trainer.model))
     before = weights(tiny_model(dtype=torch.float64, initializer_range=0.4))

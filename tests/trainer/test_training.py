@@ -19,11 +19,15 @@ def logs_of(trainer):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_tiny_model_learns_to_write_one_token_more_often_or_less_with_the_sign_flipped(make_trainer, sign):
+def test_a_tiny_model_learns_to_write_one_token_more_often_or_less_with_the_sign_flipped(
+    make_trainer, sign
+):
     def reward(completions, **columns):
         return [sign * score for score in share_of_a(completions)]
 
-    trainer = make_trainer(reward_funcs=reward, max_steps=40, steps_per_generation=4, learning_rate=3e-3)
+    trainer = make_trainer(
+        reward_funcs=reward, max_steps=40, steps_per_generation=4, learning_rate=3e-3
+    )
     trainer.train()
     shares = [sign * entry["reward"] for entry in logs_of(trainer) if "reward" in entry]
     first, last = sum(shares[:2]) / 2, sum(shares[-2:]) / 2
@@ -34,7 +38,9 @@ def test_the_clip_window_acts_from_the_second_step_of_a_collection_on(make_train
     def letters(completions, **columns):  # hardly ever the same for two completions
         return [float(sum(map(ord, text))) for text in completions]
 
-    trainer = make_trainer(reward_funcs=letters, max_steps=4, steps_per_generation=4, learning_rate=5e-3, epsilon=0.02)
+    trainer = make_trainer(
+        reward_funcs=letters, max_steps=4, steps_per_generation=4, learning_rate=5e-3, epsilon=0.02
+    )
     trainer.train()
     shares = [entry["clip_ratio/region_mean"] for entry in logs_of(trainer)]
     assert shares[0] == 0.0
@@ -42,7 +48,9 @@ def test_the_clip_window_acts_from_the_second_step_of_a_collection_on(make_train
 
 
 @pytest.mark.parametrize("loss_type", ["gmpo", "grpo", "dapo", "dr_grpo"])
-def test_cutting_the_optimizer_batch_differently_gives_the_same_update(make_trainer, weights, loss_type):
+def test_cutting_the_optimizer_batch_differently_gives_the_same_update(
+    make_trainer, weights, loss_type
+):
     results = []
     cls = {} if loss_type == "gmpo" else {"cls": GRPOTrainer}
     for rows, accumulation, chunk in ((8, 1, None), (4, 2, None), (2, 4, None), (8, 1, 20)):
@@ -72,7 +80,10 @@ def test_cutting_the_optimizer_batch_differently_gives_the_same_update(make_trai
 
 def test_groups_without_signal_are_skipped_with_the_same_update(make_trainer, weights):
     def reward(prompts, completions, **columns):  # prompts of one word get one reward for all
-        return [0.5 if len(p.split()) == 1 else s for p, s in zip(prompts, share_of_a(completions), strict=True)]
+        return [
+            0.5 if len(p.split()) == 1 else s
+            for p, s in zip(prompts, share_of_a(completions), strict=True)
+        ]
 
     results = {}
     for mode in ("skip", "keep"):
@@ -91,7 +102,10 @@ def test_groups_without_signal_are_skipped_with_the_same_update(make_trainer, we
 
 def test_rows_with_a_signal_share_the_passes_of_an_optimizer_step(make_trainer, weights):
     def reward(prompts, completions, **columns):  # every other prompt has no signal
-        return [0.5 if len(p.split()) == 1 else s for p, s in zip(prompts, share_of_a(completions), strict=True)]
+        return [
+            0.5 if len(p.split()) == 1 else s
+            for p, s in zip(prompts, share_of_a(completions), strict=True)
+        ]
 
     results, passes = {}, {}
     for mode in ("skip", "keep"):
@@ -117,7 +131,9 @@ def test_rows_with_a_signal_share_the_passes_of_an_optimizer_step(make_trainer, 
     # four micro-batches of two groups each; the four groups that have a signal fill two of them
     assert passes == {"keep": 4, "skip": 2}
     for name, value in results["keep"].items():
-        torch.testing.assert_close(results["skip"][name], value, rtol=1e-6, atol=1e-8)  # Llama norms in float32
+        torch.testing.assert_close(
+            results["skip"][name], value, rtol=1e-6, atol=1e-8
+        )  # Llama norms in float32
 
 
 def test_without_any_signal_the_weights_stay_and_nothing_is_nan(make_trainer, weights):
@@ -219,17 +235,28 @@ def test_evaluation_gives_metrics_for_each_set_and_they_choose_the_best_model(ma
     assert len(evaluations) == 2
     assert trainer.state.best_metric == max(entry["eval_long_reward"] for entry in evaluations)
     metrics = trainer.evaluate()
-    assert {"eval_short_loss", "eval_short_reward", "eval_long_completions/mean_length"} <= metrics.keys()
+    assert {
+        "eval_short_loss",
+        "eval_short_reward",
+        "eval_long_completions/mean_length",
+    } <= metrics.keys()
 
 
 def test_every_evaluation_set_keeps_its_completions(make_trainer):
     sets = {"short": PROMPTS.select(range(2)), "long": PROMPTS.select(range(4, 6))}
     trainer = make_trainer(
-        eval_dataset=sets, num_generations_eval=2, per_device_eval_batch_size=4, log_completions=True, report_to="none"
+        eval_dataset=sets,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        log_completions=True,
+        report_to="none",
     )
     trainer.evaluate()
     folder = Path(trainer.args.output_dir, "completions")
-    assert sorted(file.name for file in folder.iterdir()) == ["eval_long_000000.parquet", "eval_short_000000.parquet"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "eval_long_000000.parquet",
+        "eval_short_000000.parquet",
+    ]
     for name, rows in sets.items():
         written = Dataset.from_parquet(str(folder / f"eval_{name}_000000.parquet"))
         assert written["prompt"] == [prompt for prompt in rows["prompt"] for _ in range(2)]
@@ -243,7 +270,10 @@ def test_evaluation_counts_every_prompt_once_and_leaves_the_training_metrics_alo
         return share_of_a(completions)
 
     trainer = make_trainer(
-        reward_funcs=reward, eval_dataset=PROMPTS.select(range(5)), num_generations_eval=2, per_device_eval_batch_size=4
+        reward_funcs=reward,
+        eval_dataset=PROMPTS.select(range(5)),
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
     )
     trainer.evaluate()
     assert calls == [4, 4, 2]  # 5 prompts, 2 completions each, 2 prompts per batch
@@ -253,7 +283,11 @@ def test_compute_metrics_gets_completions_and_their_rewards(make_trainer):
     seen = {}
 
     def compute(prediction):
-        seen["ids"], seen["rewards"], seen["prompts"] = prediction.predictions, prediction.label_ids, prediction.inputs
+        seen["ids"], seen["rewards"], seen["prompts"] = (
+            prediction.predictions,
+            prediction.label_ids,
+            prediction.inputs,
+        )
         return {"longest": float((prediction.predictions != -100).sum(1).max())}
 
     trainer = make_trainer(
@@ -268,7 +302,11 @@ def test_compute_metrics_gets_completions_and_their_rewards(make_trainer):
     assert metrics["eval_longest"] == metrics["eval_completions/max_length"]
     texts = trainer.processing_class.batch_decode(seen["ids"].clip(0), skip_special_tokens=True)
     assert share_of_a(texts) == pytest.approx(seen["rewards"][:, 0].tolist())
-    assert [row[row != -100].tolist() for row in seen["prompts"][:3]] == [[5], [5], [5, 6]]  # a, a, a b
+    assert [row[row != -100].tolist() for row in seen["prompts"][:3]] == [
+        [5],
+        [5],
+        [5, 6],
+    ]  # a, a, a b
 
 
 def test_a_reward_sees_the_step_that_the_training_is_at(make_trainer):
@@ -285,7 +323,10 @@ def test_a_reward_sees_the_step_that_the_training_is_at(make_trainer):
 def test_dropping_the_last_evaluation_batch_leaves_whole_batches(make_trainer):
     calls = []
     make_trainer(
-        reward_funcs=lambda completions, **columns: (calls.append(len(completions)), share_of_a(completions))[1],
+        reward_funcs=lambda completions, **columns: (
+            calls.append(len(completions)),
+            share_of_a(completions),
+        )[1],
         eval_dataset=PROMPTS.select(range(5)),
         num_generations_eval=2,
         per_device_eval_batch_size=4,
@@ -300,7 +341,9 @@ def test_the_kl_term_pulls_toward_the_reference(make_trainer, weights):
         start = weights(trainer.model)
         trainer.train()
         assert ("kl" in logs_of(trainer)[-1]) == (beta > 0)
-        return sum(float((p - start[name]).square().sum()) for name, p in weights(trainer.model).items())
+        return sum(
+            float((p - start[name]).square().sum()) for name, p in weights(trainer.model).items()
+        )
 
     assert distance(10.0) < distance(0.0)
 
@@ -311,7 +354,9 @@ def test_compute_loss_is_the_loss_that_is_trained_on(make_trainer):
     original = trainer.training_step
 
     def step(model, inputs, num_items_in_batch=None):
-        recorded.append((trainer.compute_loss(model, inputs).item(), original(model, inputs).item()))
+        recorded.append(
+            (trainer.compute_loss(model, inputs).item(), original(model, inputs).item())
+        )
         return torch.zeros(())
 
     trainer.training_step = step
@@ -345,12 +390,21 @@ def test_gradients_of_a_step_are_those_of_the_paper(make_trainer):
     for i, prompt in enumerate(batch.prompt_ids):
         length = int(batch.lengths[i])
         ids = torch.cat([prompt, batch.completion_ids[i, :length]])
-        logps = reference(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[len(prompt) - 1 :, 0]
+        logps = (
+            reference(ids[None])
+            .logits[0, :-1]
+            .log_softmax(-1)
+            .gather(-1, ids[1:, None])[len(prompt) - 1 :, 0]
+        )
         loss = loss - batch.advantages[i].double() * logps.mean() / len(batch)
     loss.backward()
-    for (name, trained), start in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
+    for (name, trained), start in zip(
+        trainer.model.named_parameters(), reference.parameters(), strict=True
+    ):
         assert isinstance(start, nn.Parameter)
-        torch.testing.assert_close(trained.detach(), start.detach() - start.grad, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            trained.detach(), start.detach() - start.grad, rtol=1e-5, atol=1e-7, msg=name
+        )
 
 
 def test_in_mixed_precision_completions_are_sampled_in_it(make_trainer):

@@ -34,7 +34,9 @@ def main() -> None:
 
 @torch.no_grad()
 def greedy(policy, ids: list[int]) -> list[int]:
-    return policy.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :].tolist()
+    return policy.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
 
 
 if __name__ == "__main__":

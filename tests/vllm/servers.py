@@ -72,7 +72,11 @@ class Server:
 
     def kill_engine(self):
         """The process that computes, and not the one that listens: what happens where memory runs out."""
-        (engine,) = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+        (engine,) = [
+            p
+            for p in psutil.Process(self.process.pid).children(recursive=True)
+            if "EngineCore" in p.name()
+        ]
         engine.kill()
 
     def kill(self):

@@ -15,7 +15,9 @@ SERVED = "a server"
 RUNS = {
     "an engine each": {},
     "one engine for both": {"vllm_tensor_parallel_size": 2},
-    "merged adapter": {"peft_config": LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)},
+    "merged adapter": {
+        "peft_config": LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    },
 }
 
 
@@ -24,7 +26,11 @@ def train_and_score(folder, options):
     torch._dynamo.config.disable = True
     colocated = {"vllm_max_model_length": 64, "vllm_engine_kwargs": CPU}
     results = {name: trained(folder, **colocated, **case, **options) for name, case in RUNS.items()}
-    server = {"vllm_mode": "server", "vllm_server_base_url": os.environ["SERVER"], "vllm_server_timeout": 240.0}
+    server = {
+        "vllm_mode": "server",
+        "vllm_server_base_url": os.environ["SERVER"],
+        "vllm_server_timeout": 240.0,
+    }
     return {**results, SERVED: trained(folder, **server, **options)}
 
 

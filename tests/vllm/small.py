@@ -11,7 +11,12 @@ KINDS = ("whole", "merged adapter", "adapter")
 
 
 def small_model(*, dtype=torch.float32, tied=True, seed=0, **options):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     return tiny_model(dtype=dtype, tie_word_embeddings=tied, seed=seed, **sizes, **options)
 
 
@@ -44,8 +49,12 @@ def trainer_logps(policy, ids, temperature=1.0):
 def distances(score, policy, sequences=None):
     """|engine - trainer| of every token of the fixed sequences."""
     sequences = SEQUENCES if sequences is None else sequences
-    return torch.cat([(torch.tensor(score(ids)) - trainer_logps(policy, ids)).abs() for ids in sequences])
+    return torch.cat(
+        [(torch.tensor(score(ids)) - trainer_logps(policy, ids)).abs() for ids in sequences]
+    )
 
 
 def base_weights(policy):
-    return {name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    return {
+        name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad
+    }

@@ -14,7 +14,16 @@ from gmpo.rollout.vllm_colocate import ColocatedEngine
 from gmpo.rollout.vllm_faults import VllmFault
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
-from tests.vllm.small import CPU, KINDS, SEQUENCES, base_weights, distances, small_policy, train, trainer_logps
+from tests.vllm.small import (
+    CPU,
+    KINDS,
+    SEQUENCES,
+    base_weights,
+    distances,
+    small_policy,
+    train,
+    trainer_logps,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -41,9 +50,13 @@ def start():
 
     def start(policy, *, kwargs=None, autocast=None, **options):
         stop()
-        settings = RolloutSettings(use_vllm=True, vllm_engine_kwargs={**CPU, **(kwargs or {})}, **options)
+        settings = RolloutSettings(
+            use_vllm=True, vllm_engine_kwargs={**CPU, **(kwargs or {})}, **options
+        )
         settings.seed = 11
-        engines.append(ColocatedEngine(settings, lambda: policy, tiny_tokenizer(), eos=(1,), autocast=autocast))
+        engines.append(
+            ColocatedEngine(settings, lambda: policy, tiny_tokenizer(), eos=(1,), autocast=autocast)
+        )
         return engines[-1]
 
     yield start
@@ -67,7 +80,9 @@ def test_after_each_optimizer_step_the_engine_computes_what_is_trained(start, ki
     for version in range(4):
         engine.publish(version)
         assert distances(engine._score, policy).max() < 1e-4
-        assert moved is None or distances(engine._score, moved).max() > 1e-3  # the step was large enough to show
+        assert (
+            moved is None or distances(engine._score, moved).max() > 1e-3
+        )  # the step was large enough to show
         moved = small_policy(kind, tied=tied)
         moved.load_state_dict(policy.state_dict())
         train(policy, steps=1, seed=version)
@@ -148,7 +163,9 @@ def test_a_missing_weight_is_an_error_and_the_next_publication_works(start, monk
 
         whole = vllm_colocate.policy_weights
         patch.setattr(vllm_colocate, "policy_weights", lambda *a, **k: list(whole(*a, **k))[:-1])
-        with pytest.raises(RuntimeError, match=r"lacks 1 parameters of the engine's model, 'model.norm.weight'"):
+        with pytest.raises(
+            RuntimeError, match=r"lacks 1 parameters of the engine's model, 'model.norm.weight'"
+        ):
             engine.publish(1)
     train(policy, steps=1)
     engine.publish(2)
@@ -164,7 +181,9 @@ def test_a_publication_that_stops_half_way_does_not_leave_its_half_to_the_next(s
         from gmpo.rollout import vllm_colocate
 
         def stops(*arguments, **keywords):
-            yield from list(whole(*arguments, **keywords))[:5]  # the queries of a layer, but not its keys
+            yield from list(whole(*arguments, **keywords))[
+                :5
+            ]  # the queries of a layer, but not its keys
             raise ValueError("stopped")
 
         whole = vllm_colocate.policy_weights
@@ -226,7 +245,9 @@ def test_counts_and_order_are_those_of_the_requests(engine):
 def test_a_seed_gives_the_same_completions_whatever_else_is_asked_for(engine):
     engine, _ = engine
     alone = engine.generate([request([5, 6], seed=9)], Sampling(10))
-    among = engine.generate([request([7], seed=1), request([5, 6], seed=9), request([5, 6], seed=8)], Sampling(10))
+    among = engine.generate(
+        [request([7], seed=1), request([5, 6], seed=9), request([5, 6], seed=8)], Sampling(10)
+    )
     assert alone[0] == among[1] != among[2]
     assert len({tuple(completion.ids) for completion in alone[0]}) > 1
 
@@ -311,5 +332,7 @@ def test_sleep_mode_gives_memory_away_after_each_collection(start):
 
 
 def test_options_that_vllm_does_not_know_are_named(start):
-    with pytest.raises(ValueError, match=r"'max_num_seq', which vLLM does not know. Did you mean max_num_seqs\?"):
+    with pytest.raises(
+        ValueError, match=r"'max_num_seq', which vLLM does not know. Did you mean max_num_seqs\?"
+    ):
         start(small_policy(), kwargs={"max_num_seq": 1})

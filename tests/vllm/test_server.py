@@ -43,7 +43,9 @@ def process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     small_policy(**LONG, seed=3).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    it = Server(folder, "--dtype", "float32", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "1")
+    it = Server(
+        folder, "--dtype", "float32", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "1"
+    )
     yield it
     it.kill()
 
@@ -78,7 +80,9 @@ def request(ids, count=4, seed=3):
 def test_after_each_optimizer_step_the_server_computes_what_is_trained(server, kind, monkeypatch):
     policy = small_policy(kind, **LONG)
     if kind == "merged adapter":
-        monkeypatch.setattr("gmpo.rollout.vllm_server.adapter_obstacle", lambda policy: "we want it merged")
+        monkeypatch.setattr(
+            "gmpo.rollout.vllm_server.adapter_obstacle", lambda policy: "we want it merged"
+        )
     base = base_weights(policy)
     it = engine(server, policy)
     for version in range(3):
@@ -135,8 +139,19 @@ def test_a_trainer_that_died_while_it_published_does_not_spoil_the_next(server):
 # -- who may ---------------------------------------------------------------------------------------------------------
 
 
-ROUTES = ["GET /v1/models", "GET /version", "GET /server_info", "GET /metrics", "POST /collective_rpc"]
-ROUTES += ["POST /update_weights", "POST /start_weight_update", "POST /pause", "POST /inference/v1/generate"]
+ROUTES = [
+    "GET /v1/models",
+    "GET /version",
+    "GET /server_info",
+    "GET /metrics",
+    "POST /collective_rpc",
+]
+ROUTES += [
+    "POST /update_weights",
+    "POST /start_weight_update",
+    "POST /pause",
+    "POST /inference/v1/generate",
+]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -166,7 +181,9 @@ def test_a_wrong_token_is_told_at_once(server, monkeypatch):
 
 
 def test_another_model_is_refused_before_training(server):
-    with pytest.raises(VllmFault, match=r"trainer's model has num_hidden_layers=3, this engine's model has 2"):
+    with pytest.raises(
+        VllmFault, match=r"trainer's model has num_hidden_layers=3, this engine's model has 2"
+    ):
         engine(server, small_policy(**LONG, num_hidden_layers=3))
 
 
@@ -177,7 +194,9 @@ def test_a_file_that_the_server_cannot_see_is_named(server, tmp_path, monkeypatc
         "update_weights",
         lambda info: [c.update_weights({"path": "/no/w.safetensors"}) for c in it.fleet.clients],
     )
-    with pytest.raises(VllmFault, match=r"can't see the trainer's file '.*'. Set vllm_weight_folder"):
+    with pytest.raises(
+        VllmFault, match=r"can't see the trainer's file '.*'. Set vllm_weight_folder"
+    ):
         it.publish(0)
 
 
@@ -220,14 +239,18 @@ def test_a_server_without_weight_updates(process, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     plain = PlainServer(tmp_path)
     try:
-        refused(plain.start().address, r"can't be given weights .* Start it with `gmpo serve MODEL`")
+        refused(
+            plain.start().address, r"can't be given weights .* Start it with `gmpo serve MODEL`"
+        )
     finally:
         plain.kill()
 
 
 def test_a_prompt_that_is_too_long_is_named_before_it_is_sent(server):
     it = engine(server, small_policy(**LONG))
-    with pytest.raises(ValueError, match=r"8190 tokens .* vLLM takes 8192. Serve with a larger --max-model-len"):
+    with pytest.raises(
+        ValueError, match=r"8190 tokens .* vLLM takes 8192. Serve with a larger --max-model-len"
+    ):
         it.generate([request([5] * 8190)], Sampling(5))
 
 
@@ -263,7 +286,9 @@ def test_its_engine_killed_during_generation(server):
     it.publish(0)
     after(2.0, server.kill_engine)
     began = time.monotonic()
-    with pytest.raises(VllmFault, match=r"POST .*/inference/v1/generate (broke off|was answered with 500)") as fault:
+    with pytest.raises(
+        VllmFault, match=r"POST .*/inference/v1/generate (broke off|was answered with 500)"
+    ) as fault:
         generating(it)
     assert time.monotonic() - began < 2 + SLACK
     assert fault.value.lost
@@ -276,7 +301,9 @@ def test_paused_during_generation(server):
     server.signal(signal.SIGSTOP)
     began = time.monotonic()
     try:
-        with pytest.raises(VllmFault, match=rf"/inference/v1/generate was not answered within {TIMEOUT:g} seconds"):
+        with pytest.raises(
+            VllmFault, match=rf"/inference/v1/generate was not answered within {TIMEOUT:g} seconds"
+        ):
             it.generate([request([5])], Sampling(3))
     finally:
         server.signal(signal.SIGCONT)
@@ -336,7 +363,9 @@ def test_with_reconnect_training_goes_on_after_a_kill(server, tmp_path, caplog):
     trainer.train()
     assert trainer.state.global_step == 3 and seen == [0, 1, 2]
     assert "The vLLM server is back." in caplog.text
-    assert distances(scorer(trainer.engine), trainer.unwrapped_policy()).max() > 0  # it still serves us
+    assert (
+        distances(scorer(trainer.engine), trainer.unwrapped_policy()).max() > 0
+    )  # it still serves us
 
 
 def test_killed_during_publication(server):

@@ -37,7 +37,9 @@ def test_the_engines_of_two_ranks_compute_what_both_trained(ranks, case):
     start = small_model()
     policy = small_model()
     policy.load_state_dict(ranks[0][case]["weights"], strict=False)
-    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start.parameters(), strict=True))
+    assert any(
+        not torch.equal(p, q) for p, q in zip(policy.parameters(), start.parameters(), strict=True)
+    )
     engines = [logps for rank in ranks for logps in rank[case]["logps"]]
     assert len(engines) == 2
     for engine in engines:

@@ -40,7 +40,12 @@ def trainer(folder, policy, **options):
         },
     )
     return GMPOTrainer(
-        policy, reward, config, PROMPTS, eval_dataset=PROMPTS.select(range(4)), processing_class=tiny_tokenizer()
+        policy,
+        reward,
+        config,
+        PROMPTS,
+        eval_dataset=PROMPTS.select(range(4)),
+        processing_class=tiny_tokenizer(),
     )
 
 
@@ -56,7 +61,9 @@ def test_a_run_generates_with_the_weights_that_it_has(tmp_path, kind):
     }
     run = trainer(tmp_path, small_policy(kind), **options)
     run.train()
-    assert run.engine.version != run.policy_version.current  # the best model was loaded after the last collection
+    assert (
+        run.engine.version != run.policy_version.current
+    )  # the best model was loaded after the last collection
     run.evaluate()
     assert distances(run.engine._score, run.unwrapped_policy()).max() < 1e-4
     run.engine.close()
@@ -68,7 +75,9 @@ def test_a_run_generates_with_the_weights_that_it_has(tmp_path, kind):
 
 
 def test_what_vllm_reports_is_what_the_trainer_computes(tmp_path):
-    run = trainer(tmp_path, small_policy(), temperature=0.8, top_p=0.9, logps_support="full", logging_steps=1)
+    run = trainer(
+        tmp_path, small_policy(), temperature=0.8, top_p=0.9, logps_support="full", logging_steps=1
+    )
     run.train()
     logged = [entry for entry in run.state.log_history if any("sampling" in key for key in entry)]
     run.engine.close()
