@@ -53,7 +53,8 @@ def trained(folder: Path, *, adapters: bool, steps: int) -> tuple[list[float], A
     """
     from datasets import Dataset
 
-    from gmpo import GMPOConfig, GMPOTrainer
+    from gmpo.config import GMPOConfig
+    from gmpo.trainer import GMPOTrainer
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = fingerprints(model)

@@ -21,7 +21,8 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from gmpo import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer
+from gmpo.config import GMPOConfig, GRPOConfig
+from gmpo.trainer import GMPOTrainer, GRPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = Dataset.from_list([{"prompt": " ".join("abcdefgh"[: 1 + i % 6])} for i in range(16)])

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gmpo.arguments import REFUSED
 from gmpo.config import STAGE_SETTINGS, GMPOConfig, GRPOConfig
-from gmpo.options import rules_of
+from gmpo.inherited_options import REFUSED
+from gmpo.option import rules_of
 
 PAGE = Path(__file__).with_name("configuration.md")
 READERS = {

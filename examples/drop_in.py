@@ -8,7 +8,8 @@ import sys
 from datasets import Dataset
 
 # from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
-from gmpo import GMPOConfig, GMPOTrainer
+from gmpo.config import GMPOConfig
+from gmpo.trainer import GMPOTrainer
 
 TOPICS = ["the sea", "a train", "winter", "bread", "the moon", "a bicycle", "music", "rain"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gmpo import distributed
 from gmpo.data.micro_batches import mixed_seed
+from gmpo.data.resample import SpareRows, prompt_key
 from gmpo.data.sampler import Rows
-from gmpo.data.spare import SpareRows, prompt_key
 from gmpo.policy.scoring import Scorer
 from gmpo.report.metrics import Stopwatch
 from gmpo.reward.advantages import Advantages, group_advantages
@@ -21,7 +21,8 @@ from gmpo.reward.sources import RewardSource
 from gmpo.rollout.engine import Engine, Request, Sampling
 from gmpo.rollout.prompts import PromptEncoder
 from gmpo.rollout.rollouts import roll_out
-from gmpo.types import Batch, Rollout, Scores, TokenSets
+from gmpo.token_sets import TokenSets
+from gmpo.types import Batch, Rollout, Scores
 
 
 @dataclass(slots=True)

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from gmpo.arguments import check_arguments, check_device
 from gmpo.data.settings import DataSettings, Resolved, given_size
-from gmpo.objective.family import check_objective
+from gmpo.inherited_options import check_arguments, check_device
+from gmpo.objective.check import check_objective
 from gmpo.objective.settings import ObjectiveSettings
-from gmpo.options import advice, check_options, option, parse_dicts
+from gmpo.option import advice, check_options, option, parse_dicts
 from gmpo.policy.settings import PolicySettings
 from gmpo.report.settings import ReportSettings
 from gmpo.reward.settings import RewardSettings, check_rewards

@@ -32,6 +32,7 @@ from gmpo.data.micro_batches import (
     mixed_seed,
     split_into_micro_batches,
 )
+from gmpo.data.resample import SpareRows
 from gmpo.data.sampler import (
     CollectionPlan,
     CollectionSampler,
@@ -41,7 +42,6 @@ from gmpo.data.sampler import (
     StreamedRows,
     as_rows,
 )
-from gmpo.data.spare import SpareRows
 from gmpo.learn import Learner, MicroBatch
 from gmpo.objective.entropy import EntropyController
 from gmpo.objective.family import objective_from

@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from gmpo import GMPOConfig, GRPOConfig
-from gmpo.config import STAGE_SETTINGS
-from gmpo.options import declared_type, rules_of
+from gmpo.config import STAGE_SETTINGS, GMPOConfig, GRPOConfig
+from gmpo.option import declared_type, rules_of
 
 OURS = {f.name: f for settings in STAGE_SETTINGS for f in dataclasses.fields(settings)}
 

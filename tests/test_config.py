@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from gmpo import GMPOConfig, GRPOConfig
-from gmpo.config import STAGE_SETTINGS, changed_options
-from gmpo.options import rules_of
+from gmpo.config import STAGE_SETTINGS, GMPOConfig, GRPOConfig, changed_options
+from gmpo.option import rules_of
 
 DOCUMENTED = json.loads((Path(__file__).parent / "config_fields.json").read_text())
 NEWER = {

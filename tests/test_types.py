@@ -2,7 +2,8 @@
 
 import torch
 
-from gmpo.types import Batch, TokenSets
+from gmpo.token_sets import TokenSets
+from gmpo.types import Batch
 
 
 def listed(*ids):

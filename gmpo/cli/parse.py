@@ -11,7 +11,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from gmpo.config import GMPOConfig, GRPOConfig
-from gmpo.options import advice, check_options, declared_type, option
+from gmpo.option import advice, check_options, declared_type, option
 
 CONFIGS: dict[str, type[GRPOConfig]] = {"gmpo": GMPOConfig, "grpo": GRPOConfig}
 PEER_NAMES = {  # what the same option is called in TRL's scripts

@@ -14,11 +14,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import gmpo
 from gmpo.cli.datasets import count_shared_prompts, load_rows
+from gmpo.cli.dry_run import plan
 from gmpo.cli.parse import CONFIGS, ScriptOptions, parse
-from gmpo.cli.plan import plan
 from gmpo.cli.tasks import PREFIX, REWARDS, evaluation_settings
 from gmpo.config import STAGE_SETTINGS, GRPOConfig
-from gmpo.options import rules_of
+from gmpo.option import rules_of
 from gmpo.policy.loading import check_path, load_tokenizer
 from gmpo.report.completions import or_warn
 from gmpo.report.plots import training_curves

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gmpo.options import option
+from gmpo.option import option
 
 CORRECTION_MODES = (
     "token_truncate",

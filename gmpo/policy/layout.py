@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmpo.types import Batch, ranges
+from gmpo.token_sets import ranges
+from gmpo.types import Batch
 
 Cost = Callable[[int, int], float]  # of a rectangle of so many rows and columns
 

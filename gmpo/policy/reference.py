@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gmpo.distributed import WRAPPERS, resharded, whole, whole_parameters
 from gmpo.policy.head import unwrapped
 from gmpo.policy.loading import is_adapted
+from gmpo.sharding import WRAPPERS, resharded, whole, whole_parameters
 
 
 class Reference(Protocol):

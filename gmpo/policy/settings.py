@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gmpo.options import option
+from gmpo.option import option
 
 
 @dataclass

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmpo.types import Batch, TokenSets
+from gmpo.token_sets import TokenSets
+from gmpo.types import Batch
 
 FAR = -1e20  # logit of a token that can't be drawn: finite, so that p log p and gradients are 0 there and not NaN
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from gmpo.distributed import whole_parameters
+from gmpo.sharding import whole_parameters
 from gmpo.types import Rollout
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gmpo.options import option
+from gmpo.option import option
 
 
 @dataclass

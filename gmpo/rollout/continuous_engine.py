@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from gmpo.distributed import sharded
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, generating, without_adapter_shell
+from gmpo.sharding import sharded
 
 SAMPLING = ("max_new_tokens", "temperature", "eos_token_id")  # what generation_kwargs may hold here
 OWN = ("return_logprobs", "seed")  # options of ContinuousBatchingConfig that this engine sets

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from gmpo.rollout.engine import Completion, Request
-from gmpo.types import TokenList, TokenSets
+from gmpo.token_sets import TokenList, TokenSets
 
 BLOCK = 256  # random numbers drawn at a time
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from gmpo.types import Prompt, TokenSets
+from gmpo.token_sets import TokenSets
+from gmpo.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from gmpo.distributed import sharded
 from gmpo.rollout.draft import Draft, Ending, drafts
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, generating, without_adapter_shell
 from gmpo.rollout.sampling import LOOP_OPTIONS, Sampler, ending, sampling_config
+from gmpo.sharding import sharded
 from gmpo.types import Prompt
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from gmpo.distributed import whole_model
+from gmpo.sharding import whole_model
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.distributed import WRAPPERS, whole
 from gmpo.rollout.inference import prompt_learning, without_adapter_shell
+from gmpo.sharding import WRAPPERS, whole
 
 Piece = tuple[
     str, Callable[[], Tensor]

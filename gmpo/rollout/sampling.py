@@ -18,7 +18,7 @@ from transformers.generation import logits_process
 from gmpo.rollout.draft import Draft, Ending
 from gmpo.rollout.engine import Sampling
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.types import TokenList
+from gmpo.token_sets import TokenList
 
 # What generation_kwargs may hold: options of GenerationConfig that shape or end one sampled continuation.
 SAMPLING_OPTIONS = (

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from gmpo.distributed import sharded
 from gmpo.rollout.decoder import Decoder, Limits, packed_logits
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, generating, prompt_learning, without_adapter_shell
 from gmpo.rollout.prefix_cache import SharedPrefixCache, attention_over
 from gmpo.rollout.sampling import LOOP_OPTIONS, Sampler, ending, sampling_config
+from gmpo.sharding import sharded
 
 CHECKED = 24  # tokens of the check: the more there are, the less one that is unseen weighs
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gmpo import distributed
-from gmpo.options import advice
+from gmpo.option import advice
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.inference import Autocast, without_adapter_shell
 from gmpo.rollout.publication import adapter_obstacle, description, write_adapter

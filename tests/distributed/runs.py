@@ -9,8 +9,9 @@ import torch
 import torch.multiprocessing as mp
 from datasets import Dataset
 
-from gmpo import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer
+from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.rollout.publication import named_weights
+from gmpo.trainer import GMPOTrainer, GRPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = Dataset.from_list([{"prompt": " ".join("abcdefgh"[: 1 + i % 6])} for i in range(8)])

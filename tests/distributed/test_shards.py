@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gmpo import distributed
-from gmpo.distributed import whole_model
+from gmpo.sharding import whole_model
 from tests.distributed.runs import assert_same_training, marked, result_of, trainer, with_two_ranks
 from tests.tiny import tiny_model
 

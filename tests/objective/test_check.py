@@ -8,7 +8,7 @@ from gmpo.objective.check import check_objective
 from gmpo.objective.family import objective_from
 from gmpo.objective.members import FAMILY
 from gmpo.objective.settings import ObjectiveSettings
-from gmpo.options import option
+from gmpo.option import option
 
 SEQUENCE = {"importance_sampling_level": "sequence"}
 

@@ -13,7 +13,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from gmpo import GMPOConfig
+from gmpo.config import GMPOConfig
 from tests.options.runs import ROWS, SCENARIOS, Run, Scenario, build, fresh_run, run
 
 # -- what a run shows --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from gmpo import GMPOTrainer, GRPOTrainer
+from gmpo.trainer import GMPOTrainer, GRPOTrainer
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
 LETTERS = "abcdefgh"

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from gmpo import GMPOConfig, GRPOConfig
+from gmpo.config import GMPOConfig, GRPOConfig
 from tests.options.observables import completions, logs, rates, weights
 from tests.options.rows import ANOTHER, Acts, Checked, Refused
 from tests.options.runs import BASE, SCENARIOS, build, fresh_run, run

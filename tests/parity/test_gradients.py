@@ -10,9 +10,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gmpo import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer
+from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.learn import MicroBatch
 from gmpo.objective.inputs import Denominators
+from gmpo.trainer import GMPOTrainer, GRPOTrainer
 from gmpo.types import Batch
 from tests.parity.cases import MAX_COMPLETION_LENGTH
 from tests.parity.peer import Peer

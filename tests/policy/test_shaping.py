@@ -13,7 +13,7 @@ from gmpo.policy.scoring import Scorer
 from gmpo.policy.settings import PolicySettings
 from gmpo.policy.shaping import Shaping
 from gmpo.policy.tiles import token_scores
-from gmpo.types import TokenSets
+from gmpo.token_sets import TokenSets
 from tests.policy.cases import (
     VOCABULARY,
     assert_same_gradients,

@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from gmpo import GMPOConfig, GMPOTrainer
+from gmpo.config import GMPOConfig
+from gmpo.trainer import GMPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = Dataset.from_list(

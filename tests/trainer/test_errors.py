@@ -6,7 +6,8 @@ import os
 import pytest
 from datasets import Dataset, IterableDataset
 
-from gmpo import GMPOConfig, GMPOTrainer, GRPOConfig
+from gmpo.config import GMPOConfig, GRPOConfig
+from gmpo.trainer import GMPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.conftest import PROMPTS, share_of_a
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from gmpo import GMPOConfig, GMPOTrainer
+from gmpo.config import GMPOConfig
+from gmpo.trainer import GMPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

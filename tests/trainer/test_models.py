@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from gmpo import GMPOTrainer
+from gmpo.trainer import GMPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.conftest import PROMPTS
 
@@ -173,7 +173,7 @@ def test_the_public_example_runs_with_the_import_line_changed(tmp_path, monkeypa
     def reward_num_unique_letters(completions, **kwargs):
         return [float(len(set(content))) for content in completions]
 
-    from gmpo import GMPOConfig
+    from gmpo.config import GMPOConfig
 
     trainer = GMPOTrainer(
         model="model",

@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from gmpo.collect import places_of, replaced_rows
+from gmpo.data.resample import SpareRows, prompt_key
 from gmpo.data.sampler import Rows
-from gmpo.data.spare import SpareRows, prompt_key
 
 DULL = [{"prompt": "a " * n + "b"} for n in range(1, 7)]
 LIVELY = [{"prompt": "c " * n + "d"} for n in range(1, 7)]

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from gmpo import GRPOTrainer
+from gmpo.trainer import GRPOTrainer
 from tests.tiny import tiny_model
 from tests.trainer.conftest import PROMPTS, share_of_a
 

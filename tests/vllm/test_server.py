@@ -10,12 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from gmpo import GMPOConfig, GMPOTrainer
+from gmpo.config import GMPOConfig
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm_faults import VllmFault
 from gmpo.rollout.vllm_server import ServerEngine
 from gmpo.rollout.vllm_tokens import find_token
+from gmpo.trainer import GMPOTrainer
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
 from tests.vllm.servers import PlainServer, Server, free_port

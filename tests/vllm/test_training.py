@@ -4,7 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from gmpo import GMPOConfig, GMPOTrainer
+from gmpo.config import GMPOConfig
+from gmpo.trainer import GMPOTrainer
 from tests.tiny import tiny_tokenizer
 from tests.vllm.small import CPU, distances, small_policy
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import yaml
 
+from gmpo.cli.dry_run import arithmetic, plan, total_steps
 from gmpo.cli.parse import ScriptOptions
-from gmpo.cli.plan import arithmetic, plan, total_steps
 from gmpo.config import GMPOConfig, GRPOConfig
 
 
