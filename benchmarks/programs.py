@@ -239,7 +239,7 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
 
 def gmpo_inputs(rows: dict[str, Tensor]) -> Any:
     from gmpo.learn import MicroBatch
-    from gmpo.objective.inputs import Denominators
+    from gmpo.objective.types import Denominators
     from gmpo.types import Batch
 
     lengths, completions = rows["lengths"], rows["completions"]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from gmpo import distributed
 from gmpo.data.micro_batches import carries_signal
-from gmpo.objective.entropy import EntropyController
-from gmpo.objective.family import Objective
-from gmpo.objective.inputs import Denominators, ObjectiveInputs
+from gmpo.objective.entropy_bonus import EntropyController
+from gmpo.objective.objective import Objective
 from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
+from gmpo.objective.types import Denominators, ObjectiveInputs
 from gmpo.policy.scoring import Scorer
 from gmpo.report.metrics import Metrics, Mode
 from gmpo.types import Batch, Scores, Statistics

@@ -43,9 +43,9 @@ from gmpo.data.sampler import (
     as_rows,
 )
 from gmpo.learn import Learner, MicroBatch
-from gmpo.objective.entropy import EntropyController
-from gmpo.objective.family import objective_from
-from gmpo.objective.inputs import Denominators
+from gmpo.objective.entropy_bonus import EntropyController
+from gmpo.objective.objective import objective_from
+from gmpo.objective.types import Denominators
 from gmpo.policy.loading import check_path, is_adapted, load_policy, load_tokenizer
 from gmpo.policy.reference import FrozenCopy, ReferenceSync, make_reference, prepared_reference
 from gmpo.policy.router import is_mixture

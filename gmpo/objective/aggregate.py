@@ -8,7 +8,7 @@ chunks, micro-batches and ranks, however the rows were cut.
 import torch
 from torch import Tensor
 
-from gmpo.objective.inputs import Denominators
+from gmpo.objective.types import Denominators
 
 
 def row_mean(values: Tensor, counted: Tensor) -> Tensor:

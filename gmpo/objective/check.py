@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gmpo.objective.correction import correction_from
-from gmpo.objective.members import FAMILY, member_name
+from gmpo.objective.family import FAMILY, member_name
 from gmpo.objective.settings import ObjectiveSettings
 
 FINITE = (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gmpo.objective.aggregate import row_mean
+from gmpo.objective.per_token import EXPONENT_LIMIT
 from gmpo.objective.settings import ObjectiveSettings
-from gmpo.objective.tokens import EXPONENT_LIMIT
 
 LOG_RATIOS = {  # of [B, T] log differences over the mask
     "token": lambda difference, mask: difference,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gmpo.objective.aggregate import row_mean
-from gmpo.objective.inputs import Surrogate, SurrogateInputs
 from gmpo.objective.power_mean import log_power_mean
+from gmpo.objective.types import Surrogate, SurrogateInputs
 
 
 def gmpo(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gmpo.objective.inputs import ObjectiveInputs
+from gmpo.objective.types import ObjectiveInputs
 
 
 def kl_k3(x: ObjectiveInputs, *, bias_correction: bool) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 
 from gmpo.objective.aggregate import row_mean
-from gmpo.objective.inputs import Surrogate, SurrogateInputs
-from gmpo.objective.tokens import EXPONENT_LIMIT, charged, log_weights
+from gmpo.objective.per_token import EXPONENT_LIMIT, charged, log_weights
+from gmpo.objective.types import Surrogate, SurrogateInputs
 
 
 def sapo(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gmpo.objective.aggregate import row_mean
 from gmpo.objective.correction import reported_logps
-from gmpo.objective.inputs import ObjectiveInputs
+from gmpo.objective.types import ObjectiveInputs
 
 
 def entropy_threshold(entropies: Tensor, top_entropy_quantile: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gmpo.objective.aggregate import row_mean, total
 from gmpo.objective.correction import Correction, sampler_difference
-from gmpo.objective.inputs import ObjectiveInputs, Surrogate, SurrogateInputs
+from gmpo.objective.types import ObjectiveInputs, Surrogate, SurrogateInputs
 from gmpo.types import Statistics
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from gmpo.objective.inputs import Surrogate, SurrogateInputs
+from gmpo.objective.types import Surrogate, SurrogateInputs
 
 LOWEST, HIGHEST = math.log(1e-8), 20.0  # range of log W
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmpo.objective.family import Objective, objective_from
-from gmpo.objective.inputs import Denominators, ObjectiveInputs
+from gmpo.objective.objective import Objective, objective_from
 from gmpo.objective.settings import CORRECTION_MODES, ObjectiveSettings
+from gmpo.objective.types import Denominators, ObjectiveInputs
 
 SEQUENCE = {"importance_sampling_level": "sequence"}
 MEMBERS = {

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmpo.objective.family import Objective, objective_from
-from gmpo.objective.inputs import Denominators, ObjectiveInputs, Surrogate
+from gmpo.objective.objective import Objective, objective_from
 from gmpo.objective.settings import ObjectiveSettings
+from gmpo.objective.types import Denominators, ObjectiveInputs, Surrogate
 
 log = math.log
 

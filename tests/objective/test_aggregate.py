@@ -2,7 +2,7 @@
 
 import pytest
 
-from gmpo.objective.inputs import Denominators
+from gmpo.objective.types import Denominators
 from tests.objective.cases import equal, inputs, loss_and_gradient, objective
 
 MASK = [[1, 0, 0], [1, 1, 1]]

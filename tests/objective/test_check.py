@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from gmpo.objective.check import check_objective
-from gmpo.objective.family import objective_from
-from gmpo.objective.members import FAMILY
+from gmpo.objective.family import FAMILY
+from gmpo.objective.objective import objective_from
 from gmpo.objective.settings import ObjectiveSettings
 from gmpo.option import option
 

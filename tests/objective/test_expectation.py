@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmpo.objective.inputs import Denominators, ObjectiveInputs
+from gmpo.objective.types import Denominators, ObjectiveInputs
 from tests.objective.cases import double, objective
 
 VOCABULARY = 3

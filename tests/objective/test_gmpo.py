@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmpo.objective.inputs import Denominators, ObjectiveInputs
+from gmpo.objective.types import Denominators, ObjectiveInputs
 from tests.objective.cases import (
     double,
     equal,

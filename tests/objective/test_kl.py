@@ -5,7 +5,7 @@ from math import exp
 import pytest
 import torch
 
-from gmpo.objective.inputs import Denominators
+from gmpo.objective.types import Denominators
 from tests.objective.cases import equal, inputs, log, loss_and_gradient, objective
 
 MASK = [[1, 0, 0], [1, 1, 1]]

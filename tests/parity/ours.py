@@ -5,10 +5,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from gmpo.objective.family import objective_from
-from gmpo.objective.inputs import Denominators, ObjectiveInputs
+from gmpo.objective.objective import objective_from
 from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
 from gmpo.objective.settings import ObjectiveSettings
+from gmpo.objective.types import Denominators, ObjectiveInputs
 from tests.parity.cases import MAX_COMPLETION_LENGTH, Case
 
 

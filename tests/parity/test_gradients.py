@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.learn import MicroBatch
-from gmpo.objective.inputs import Denominators
+from gmpo.objective.types import Denominators
 from gmpo.trainer import GMPOTrainer, GRPOTrainer
 from gmpo.types import Batch
 from tests.parity.cases import MAX_COMPLETION_LENGTH

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from gmpo.objective.entropy import EntropyController
-from gmpo.objective.inputs import Denominators
+from gmpo.objective.entropy_bonus import EntropyController
 from gmpo.objective.settings import ObjectiveSettings
+from gmpo.objective.types import Denominators
 from tests.objective.cases import double, equal, inputs, objective
 
 COUNTS = Denominators(

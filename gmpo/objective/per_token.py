@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gmpo.objective.aggregate import row_mean
-from gmpo.objective.inputs import SurrogateInputs
+from gmpo.objective.types import SurrogateInputs
 
 EXPONENT_LIMIT = 80.0  # exp(80) = 5.5e34 and exp(-80) are normal numbers in float32
 

@@ -1,0 +1,134 @@
+"""`Objective`, which the trainer calls: from log-probs and advantages to a loss."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmpo.objective.aggregate import total
+from gmpo.objective.check import check_objective
+from gmpo.objective.correction import Correction, correction_from, sampler_difference
+from gmpo.objective.family import FAMILY, Member, member_name
+from gmpo.objective.kl import kl_k3
+from gmpo.objective.selection import rows_on_policy
+from gmpo.objective.settings import ObjectiveSettings
+from gmpo.objective.statistics import statistics
+from gmpo.objective.types import Denominators, ObjectiveInputs, SurrogateInputs
+from gmpo.types import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Settings only, no state; make one with `objective_from`."""
+
+    member: Member
+    options: Mapping[str, Any]  # what the member's surrogate reads
+    mean_power_final: float | None
+    beta: float
+    bias_correction: bool  # of the KL
+    off_policy_threshold: float | None  # nats per token
+    correction: Correction | None
+
+    def loss(
+        self,
+        inputs: ObjectiveInputs,
+        denominators: Denominators,
+        *,
+        progress: float = 0.0,
+        entropy_coef: float = 0.0,
+    ) -> tuple[Tensor, Statistics]:
+        """This chunk's share of the optimizer batch's loss; shares add up to it exactly, however rows are cut.
+
+        Args:
+            inputs: Rows of one chunk.  Computed in float32, or wider where the log-probs are.
+            denominators: Counts of the whole optimizer batch.
+            progress: Share of the training that is done, in [0, 1]; moves `mean_power` to `mean_power_final`.
+            entropy_coef: Weight of the entropy bonus in this step, from `EntropyController.coef`.
+        """
+        x = prepared(inputs)
+        terms = self.terms(x)
+        surrogate = self.member.surrogate(terms, **self.options_at(progress))
+        loss = self.member.aggregate(surrogate.loss, x.mask, denominators)
+        kl = kl_k3(x, bias_correction=self.bias_correction) if self.beta else None
+        if kl is not None:
+            loss = loss + self.beta * self.member.aggregate(kl, x.mask, denominators)
+        if entropy_coef:
+            assert x.entropy is not None, "an entropy bonus needs the entropy"
+            loss = loss - entropy_coef * total(x.entropy, x.mask) / max(denominators.tokens, 1)
+        return loss, statistics(x, terms, surrogate, kl, self.correction)
+
+    def terms(self, x: ObjectiveInputs) -> SurrogateInputs:
+        """Apply the off-policy mask, the selection and the correction, in this order."""
+        select = x.select & x.mask
+        if self.off_policy_threshold is not None:
+            select = select & rows_on_policy(x, self.off_policy_threshold)
+        weight = x.logps.new_ones(1, 1)
+        if self.correction is not None and x.sampler_logps is not None:
+            difference = sampler_difference(x.old_logps, x.sampler_logps, x.mask)
+            weight = self.correction.weight(self.correction.ratio(difference, x.mask))
+        return SurrogateInputs(
+            logps=torch.where(x.mask, x.logps, 0),
+            log_ratio=torch.where(x.mask, x.logps - x.old_logps, 0),
+            advantages=x.advantages,
+            mask=x.mask,
+            select=select & (weight > 0),
+            correction=weight,
+        )
+
+    def options_at(self, progress: float) -> Mapping[str, Any]:
+        """The surrogate's options, with `mean_power` where its annealing has brought it."""
+        if self.mean_power_final is None:
+            return self.options
+        start = self.options["mean_power"]
+        return {
+            **self.options,
+            "mean_power": start + (self.mean_power_final - start) * min(max(progress, 0.0), 1.0),
+        }
+
+
+def prepared(inputs: ObjectiveInputs) -> ObjectiveInputs:
+    """The same in float32, or wider where a field is, and with no gradient but in log-probs and entropy."""
+    fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    floats = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and value.is_floating_point()
+    }
+    width = (
+        torch.float64
+        if any(value.dtype == torch.float64 for value in floats.values())
+        else torch.float32
+    )
+    floats = {name: value.to(width) for name, value in floats.items()}
+    constant = {
+        name: value.detach() for name, value in floats.items() if name not in ("logps", "entropy")
+    }
+    return dataclasses.replace(inputs, **floats | constant)
+
+
+def objective_from(settings: ObjectiveSettings, *, algorithm: str) -> Objective:
+    """The objective that the settings ask for.
+
+    Args:
+        algorithm: "gmpo" (GMPOTrainer) or "grpo" (GRPOTrainer), where `loss_type` names the member.
+
+    Raises:
+        ValueError: As `check_objective`.
+    """
+    check_objective(settings, algorithm=algorithm)
+    member = FAMILY[member_name(settings, algorithm=algorithm)]
+    options = {name: getattr(settings, name) for name in member.options}
+    if "epsilon_high" in options and options["epsilon_high"] is None:
+        options["epsilon_high"] = settings.epsilon
+    return Objective(
+        member=member,
+        options=options,
+        mean_power_final=settings.mean_power_final,
+        beta=settings.beta,
+        bias_correction=settings.use_bias_correction_kl,
+        off_policy_threshold=settings.off_policy_mask_threshold,
+        correction=correction_from(settings),
+    )
