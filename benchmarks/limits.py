@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import compare
 from benchmarks.programs import clock
-from gmpo.policy.linear import product
+from gmpo.policy.head.onednn import product
 
 SIZE = 2048  # of the square matrices
 ROWS = (1, 8, 16, 64)

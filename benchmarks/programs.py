@@ -307,8 +307,8 @@ def gmpo_head(
     states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int
 ) -> Tensor:
     """Tiles of as many whole completions as fit."""
-    from gmpo.policy.fused import fused_loss
-    from gmpo.policy.tiles import tile_rows
+    from gmpo.policy.head.chunked import tile_rows
+    from gmpo.policy.head.fused import fused_loss
 
     size = max(1, tile_rows(len(linear.weight), 4, states.device) // completion) * completion
     parts = weights.split(size)
@@ -324,8 +324,8 @@ def gmpo_head(
 def two_passes(
     states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int
 ) -> Tensor:
-    from gmpo.policy.head import Head
-    from gmpo.policy.tiles import token_scores
+    from gmpo.policy.head.chunked import token_scores
+    from gmpo.policy.head.lm_head import Head
 
     return token_scores(states, Head(linear), targets, want_entropy_grad=False)[0] @ weights
 

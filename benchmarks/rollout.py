@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks import compare
 from benchmarks.step import prompts_of
-from gmpo.policy.linear import use_onednn
+from gmpo.policy.head.onednn import use_onednn
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.generate_engine import left_padded
 from gmpo.rollout.prompts import ending_tokens, padding_token

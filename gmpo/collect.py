@@ -12,7 +12,7 @@ from gmpo import distributed
 from gmpo.data.micro_batches import mixed_seed
 from gmpo.data.resample import SpareRows, prompt_key
 from gmpo.data.sampler import Rows
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.logprobs import Scorer
 from gmpo.report.metrics import Stopwatch
 from gmpo.reward.advantages import Advantages, group_advantages
 from gmpo.reward.scoring import Scored, score

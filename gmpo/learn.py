@@ -16,7 +16,7 @@ from gmpo.objective.entropy_bonus import EntropyController
 from gmpo.objective.objective import Objective
 from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
 from gmpo.objective.types import Denominators, ObjectiveInputs
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.logprobs import Scorer
 from gmpo.report.metrics import Metrics, Mode
 from gmpo.types import Batch, Scores, Statistics
 

@@ -46,10 +46,10 @@ from gmpo.learn import Learner, MicroBatch
 from gmpo.objective.entropy_bonus import EntropyController
 from gmpo.objective.objective import objective_from
 from gmpo.objective.types import Denominators
-from gmpo.policy.loading import check_path, is_adapted, load_policy, load_tokenizer
+from gmpo.policy.load import check_path, is_adapted, load_policy, load_tokenizer
+from gmpo.policy.logprobs import Scorer
+from gmpo.policy.moe import is_mixture
 from gmpo.policy.reference import FrozenCopy, ReferenceSync, make_reference, prepared_reference
-from gmpo.policy.router import is_mixture
-from gmpo.policy.scoring import Scorer
 from gmpo.report.completions import CompletionLog, ScoredCompletions
 from gmpo.report.jsonl import JsonlCallback
 from gmpo.report.metrics import Metrics, Mode, Stopwatch

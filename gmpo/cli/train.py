@@ -19,7 +19,7 @@ from gmpo.cli.parse import CONFIGS, ScriptOptions, parse
 from gmpo.cli.tasks import PREFIX, REWARDS, evaluation_settings
 from gmpo.config import STAGE_SETTINGS, GRPOConfig
 from gmpo.option import rules_of
-from gmpo.policy.loading import check_path, load_tokenizer
+from gmpo.policy.load import check_path, load_tokenizer
 from gmpo.report.completions import or_warn
 from gmpo.report.plots import training_curves
 from gmpo.report.progress import ProgressLines

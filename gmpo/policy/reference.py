@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.head import unwrapped
-from gmpo.policy.loading import is_adapted
+from gmpo.policy.head.lm_head import unwrapped
+from gmpo.policy.load import is_adapted
 from gmpo.sharding import WRAPPERS, resharded, whole, whole_parameters
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from gmpo.policy.logprobs import Scorer
 from gmpo.policy.reference import BaseOfAdapter, FrozenCopy, ReferenceSync, make_reference
-from gmpo.policy.scoring import Scorer
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import make_batch, make_model
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
-from gmpo.policy import tiles
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.head import chunked as tiles
+from gmpo.policy.logprobs import Scorer
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
     VOCABULARY,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gmpo.policy.head import PLAIN, Transform, computing_dtype
-from gmpo.policy.shaping import Shaping
-from gmpo.policy.tiles import LinearTiles
+from gmpo.policy.head.chunked import LinearTiles
+from gmpo.policy.head.lm_head import PLAIN, Transform, computing_dtype
+from gmpo.policy.head.logits_shaping import Shaping
 
 LossOfTile = Callable[
     [int, Tensor, Tensor], Tensor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.head import unwrapped
+from gmpo.policy.head.lm_head import unwrapped
 
 
 def is_mixture(model: nn.Module) -> bool:

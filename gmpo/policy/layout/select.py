@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.head import unwrapped
-from gmpo.policy.layout import Cost, Plan
-from gmpo.policy.masks import FORMS, VISIBILITY, layer_kinds
-from gmpo.policy.packed import packed
-from gmpo.policy.padded import padded
+from gmpo.policy.head.lm_head import unwrapped
+from gmpo.policy.layout.layout import Cost, Plan, packed, padded, shared_prefix
+from gmpo.policy.layout.masks import FORMS, VISIBILITY, layer_kinds
 from gmpo.policy.settings import PolicySettings
-from gmpo.policy.shared_prefix import shared_prefix
 from gmpo.types import Batch
 
 LogpsOf = Callable[

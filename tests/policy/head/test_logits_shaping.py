@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from gmpo.policy import tiles
-from gmpo.policy.fused import fused_loss
-from gmpo.policy.head import Head, Transform
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.head import chunked as tiles
+from gmpo.policy.head.chunked import token_scores
+from gmpo.policy.head.fused import fused_loss
+from gmpo.policy.head.lm_head import Head, Transform
+from gmpo.policy.head.logits_shaping import Shaping
+from gmpo.policy.logprobs import Scorer
 from gmpo.policy.settings import PolicySettings
-from gmpo.policy.shaping import Shaping
-from gmpo.policy.tiles import token_scores
 from gmpo.token_sets import TokenSets
 from tests.policy.cases import (
     VOCABULARY,

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from gmpo.policy.auto import TOLERANCE, check_rows, cost_of, tolerance
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.layout.select import TOLERANCE, check_rows, cost_of, tolerance
+from gmpo.policy.logprobs import Scorer
 from gmpo.policy.settings import PolicySettings
 from gmpo.types import Batch
 from tests.policy.cases import make_batch, make_model, naive_scores

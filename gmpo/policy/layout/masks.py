@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmpo.policy.layout import Layout
+from gmpo.policy.layout.layout import Layout
 
 Visible = Callable[
     [Any, Any, Tensor, Tensor], Tensor

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gmpo.policy.router import load_balancing_loss
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.logprobs import Scorer
+from gmpo.policy.moe import load_balancing_loss
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
     assert_same_gradients,

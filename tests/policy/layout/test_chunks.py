@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gmpo.policy.chunks import cut
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.layout.chunks import cut
+from gmpo.policy.logprobs import Scorer
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
     assert_same_gradients,
@@ -14,7 +14,7 @@ from tests.policy.cases import (
     make_model,
     weighted,
 )
-from tests.policy.test_auto import rows_of
+from tests.policy.layout.test_select import rows_of
 
 
 def tree_tokens(batch):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gmpo.policy.head import PLAIN, Head, Transform, computing_dtype
-from gmpo.policy.linear import add_product, product, product_into
-from gmpo.policy.shaping import Shaping
+from gmpo.policy.head.lm_head import PLAIN, Head, Transform, computing_dtype
+from gmpo.policy.head.logits_shaping import Shaping
+from gmpo.policy.head.onednn import add_product, product, product_into
 
 TILE_BYTES = 256 * 2**20  # of the logits of one tile on a CPU
 TILE_SHARE = 0.03  # of the memory of an accelerator

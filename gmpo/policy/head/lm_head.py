@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gmpo.policy.linear import OneDnnLinear
+from gmpo.policy.head.onednn import OneDnnLinear
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gmpo.policy.layout import spread
+from gmpo.policy.layout.layout import spread
 from gmpo.types import Batch
 
 TokensOf = Callable[[list[int]], int]  # tokens of these rows after layout

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gmpo.policy.head import cast_head_to_float32
-from gmpo.policy.linear import use_onednn
+from gmpo.policy.head.lm_head import cast_head_to_float32
+from gmpo.policy.head.onednn import use_onednn
 from gmpo.policy.settings import PolicySettings
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from gmpo.policy import tiles
-from gmpo.policy.fused import fused_loss
-from gmpo.policy.head import Float32Head, Head, Transform
-from gmpo.policy.tiles import LinearTiles, token_scores
+from gmpo.policy.head import chunked as tiles
+from gmpo.policy.head.chunked import LinearTiles, token_scores
+from gmpo.policy.head.fused import fused_loss
+from gmpo.policy.head.lm_head import Float32Head, Head, Transform
 
 ROWS, HIDDEN, VOCABULARY = 23, 6, 17
 TRANSFORMS = {

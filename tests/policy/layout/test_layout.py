@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 from transformers import LlamaConfig, MistralConfig
 
-from gmpo.policy.layout import lay_out, pack, spread
-from gmpo.policy.masks import (
+from gmpo.policy.layout.layout import lay_out, pack, packed, padded, shared_prefix, spread
+from gmpo.policy.layout.masks import (
     additive_mask,
     attention_masks,
     block_mask,
@@ -15,9 +15,6 @@ from gmpo.policy.masks import (
     in_tree,
     in_window,
 )
-from gmpo.policy.packed import packed
-from gmpo.policy.padded import padded
-from gmpo.policy.shared_prefix import shared_prefix
 from gmpo.types import Batch
 
 

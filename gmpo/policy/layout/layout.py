@@ -160,3 +160,33 @@ def _sources(batch: Batch, last_prompt_token: list[int], branch_start: list[int]
     source = torch.tensor(branch_start, dtype=torch.int64, device=device)[:, None] + token - 1
     source[:, 0] = torch.tensor(last_prompt_token, dtype=torch.int64, device=device)
     return torch.where(token < batch.lengths.to(device)[:, None], source, 0)
+
+
+def padded(batch: Batch, *, last_token: bool = False, multiple_of: int | None = None) -> Plan:
+    """`batch` as it is.  Padding comes last, where no real token sees it, whatever a model makes of its mask."""
+    trees = [[row] for row in range(len(batch))]
+    return plan(
+        batch,
+        "padded",
+        trees,
+        lambda sizes: trees,
+        last_token=last_token,
+        multiple_of=multiple_of or 1,
+    )
+
+
+def packed(batch: Batch, cost: Cost, *, last_token: bool = False) -> Plan:
+    """`batch` in the cheapest rectangle of whole rows."""
+    trees = [[row] for row in range(len(batch))]
+    return plan(batch, "packed", trees, lambda sizes: pack(sizes, cost), last_token=last_token)
+
+
+def shared_prefix(batch: Batch, cost: Cost, *, last_token: bool = False) -> Plan:
+    """`batch` in the cheapest rectangle of whole groups: rows whose prompt is the same tensor object."""
+    trees: dict[int, list[int]] = {}
+    for row, prompt in enumerate(batch.prompt_ids):
+        trees.setdefault(id(prompt), []).append(row)
+    groups = list(trees.values())
+    return plan(
+        batch, "shared_prefix", groups, lambda sizes: pack(sizes, cost), last_token=last_token
+    )

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from gmpo.policy import loading
-from gmpo.policy.head import Float32Head, find_head
-from gmpo.policy.loading import load_policy, load_tokenizer
+from gmpo.policy import load as loading
+from gmpo.policy.head.lm_head import Float32Head, find_head
+from gmpo.policy.load import load_policy, load_tokenizer
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import make_model
 from tests.tiny import tiny_tokenizer

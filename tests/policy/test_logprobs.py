@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmpo.policy import tiles
-from gmpo.policy.head import find_head
-from gmpo.policy.scoring import Scorer
+from gmpo.policy.head import chunked as tiles
+from gmpo.policy.head.lm_head import find_head
+from gmpo.policy.logprobs import Scorer
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
     MODELS,

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gmpo.policy import linear
-from gmpo.policy.head import Float32Head, Head
-from gmpo.policy.linear import OneDnnLinear, add_product, product, product_into, use_onednn
+from gmpo.policy.head import onednn as linear
+from gmpo.policy.head.lm_head import Float32Head, Head
+from gmpo.policy.head.onednn import OneDnnLinear, add_product, product, product_into, use_onednn
 
 ROWS, INSIDE, OUTSIDE = 37, 260, 300  # OUTSIDE * INSIDE >= SMALLEST
 

@@ -10,10 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.auto import Layouts
-from gmpo.policy.chunks import cut
-from gmpo.policy.fused import fused_loss
-from gmpo.policy.head import (
+from gmpo.policy.head.chunked import tile_rows, token_scores
+from gmpo.policy.head.fused import fused_loss
+from gmpo.policy.head.lm_head import (
     Head,
     Transform,
     alone,
@@ -25,12 +24,13 @@ from gmpo.policy.head import (
     unwrapped,
     working_dtype,
 )
-from gmpo.policy.layout import Layout, Plan, lay_out, spread
-from gmpo.policy.masks import attention_masks
-from gmpo.policy.router import is_mixture, load_balancing_loss, recorded_routers
+from gmpo.policy.head.logits_shaping import Shaping, shaping_of
+from gmpo.policy.layout.chunks import cut
+from gmpo.policy.layout.layout import Layout, Plan, lay_out, spread
+from gmpo.policy.layout.masks import attention_masks
+from gmpo.policy.layout.select import Layouts
+from gmpo.policy.moe import is_mixture, load_balancing_loss, recorded_routers
 from gmpo.policy.settings import PolicySettings
-from gmpo.policy.shaping import Shaping, shaping_of
-from gmpo.policy.tiles import tile_rows, token_scores
 from gmpo.types import Batch, Scores
 
 LossOf = Callable[[Scores, Tensor], Tensor]
