@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from gmpo.cli.tasks import task_rows
+from gmpo.reward.reasoning_gym import task_rows
 
 TASK = "chain_sum"
 SIZES = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}

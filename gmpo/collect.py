@@ -15,9 +15,9 @@ from gmpo.data.sampler import Rows
 from gmpo.policy.logprobs import Scorer
 from gmpo.report.metrics import Stopwatch
 from gmpo.reward.advantages import Advantages, group_advantages
-from gmpo.reward.scoring import Scored, score
+from gmpo.reward.score import Scored, score
 from gmpo.reward.settings import RewardSettings
-from gmpo.reward.sources import RewardSource
+from gmpo.reward.types import RewardSource
 from gmpo.rollout.engine import Engine, Request, Sampling
 from gmpo.rollout.prompts import PromptEncoder
 from gmpo.rollout.rollouts import roll_out

@@ -57,7 +57,7 @@ from gmpo.report.model_card import model_card
 from gmpo.report.rollouts import rollout_statistics
 from gmpo.report.tables import set_tensorboard_folder
 from gmpo.reward.advantages import reward_statistics
-from gmpo.reward.model import ModelOptions
+from gmpo.reward.reward_model import ModelOptions
 from gmpo.reward.sources import FunctionReward, build_sources
 from gmpo.rollout.engines import build_engine
 from gmpo.rollout.prompts import PromptEncoder, check_dataset

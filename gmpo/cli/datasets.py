@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from gmpo.cli.tasks import PREFIX, task_rows
+from gmpo.reward.reasoning_gym import PREFIX, task_rows
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

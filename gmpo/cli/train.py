@@ -16,14 +16,14 @@ import gmpo
 from gmpo.cli.datasets import count_shared_prompts, load_rows
 from gmpo.cli.dry_run import plan
 from gmpo.cli.parse import CONFIGS, ScriptOptions, parse
-from gmpo.cli.tasks import PREFIX, REWARDS, evaluation_settings
 from gmpo.config import STAGE_SETTINGS, GRPOConfig
 from gmpo.option import rules_of
 from gmpo.policy.load import check_path, load_tokenizer
 from gmpo.report.completions import or_warn
 from gmpo.report.plots import training_curves
 from gmpo.report.progress import ProgressLines
-from gmpo.reward.builtin import BUILTIN, FACTORIES, is_reward_spec, load_reward
+from gmpo.reward.by_name import BUILTIN, FACTORIES, is_reward_spec, load_reward
+from gmpo.reward.reasoning_gym import PREFIX, REWARDS, evaluation_settings
 
 USAGE = """\
 usage: gmpo train --config run.yaml [--option value ...]

@@ -3,64 +3,22 @@
 import inspect
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import nn
 
-from gmpo.reward.builtin import is_reward_spec, load_reward
-from gmpo.reward.model import ModelOptions, load_model_reward, model_reward
+from gmpo.reward.by_name import is_reward_spec, load_reward
+from gmpo.reward.reward_model import ModelOptions, load_model_reward, model_reward
 from gmpo.reward.settings import RewardSettings, check_weights
-from gmpo.types import Rollout
+from gmpo.reward.types import RewardCall, RewardSource
 
 OWN_COLUMNS = frozenset(
     {"prompt", "completion", "completion_ids"}
 )  # of the dataset; rewards get the rollout's instead
 OWN_KEYWORDS = frozenset({"prompts", "completions", "trainer_state", "log_extra", "log_metric"})
-
-
-@dataclass(frozen=True, slots=True)
-class RewardCall:
-    """What a source is asked: the completions of this rank, N of them, and where to leave remarks."""
-
-    rollouts: Sequence[Rollout]
-    columns: Mapping[str, list[Any]]  # the other columns of the dataset, N values each
-    trainer_state: Any
-    log_extra: Callable[
-        [str, Sequence[Any]], None
-    ]  # (column, N values): a column for the table of completions
-    log_metric: Callable[
-        [str, float], None
-    ]  # (name, value): averaged over all calls until the next log
-
-    def keywords(self) -> dict[str, Any]:
-        """As keywords for a reward function.  Lists and messages are fresh: a function may change what it gets."""
-        return {
-            **{name: list(values) for name, values in self.columns.items()},
-            "prompts": [_fresh(rollout.prompt.source) for rollout in self.rollouts],
-            "completions": [_fresh(rollout.completion) for rollout in self.rollouts],
-            "completion_ids": [list(rollout.ids) for rollout in self.rollouts],
-            "trainer_state": self.trainer_state,
-            "log_extra": self.log_extra,
-            "log_metric": self.log_metric,
-        }
-
-
-@runtime_checkable
-class RewardSource(Protocol):
-    """Anything that scores.  It may take its time, work in another process, and leave rows unscored (None)."""
-
-    name: str  # in the metrics: rewards/{name}/mean
-    asynchronous: (
-        bool  # `score` returns an awaitable: it is started first and runs beside the others
-    )
-
-    def score(self, call: RewardCall) -> Iterable[float | None] | Awaitable[Iterable[float | None]]:
-        """One finite number, or None for "not scored", per rollout of `call`, in order."""
-        ...
 
 
 class FunctionReward:
@@ -248,7 +206,3 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter] | 
     return {
         name: p for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL
     }
-
-
-def _fresh(text: Any) -> Any:
-    return [dict(message) for message in text] if isinstance(text, list) else text

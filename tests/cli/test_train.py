@@ -7,10 +7,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import gmpo
 from gmpo.cli import main, train
-from gmpo.cli.tasks import bare_number, reasoning_gym
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.report.progress import ProgressLines
-from gmpo.reward.builtin import BUILTIN
+from gmpo.reward.by_name import BUILTIN
+from gmpo.reward.reasoning_gym import bare_number, reasoning_gym
 from tests.tiny import tiny_model
 
 

@@ -1,6 +1,6 @@
 """Rollouts and calls, made by hand."""
 
-from gmpo.reward.sources import RewardCall
+from gmpo.reward.types import RewardCall
 from gmpo.types import Prompt, Rollout
 
 

@@ -4,18 +4,15 @@ import pytest
 
 from gmpo.reward import builtin
 from gmpo.reward.builtin import (
-    BUILTIN,
-    FACTORIES,
-    final_number,
-    is_reward_spec,
-    load_reward,
     number_match,
     repetition_penalty,
     soft_overlong_punishment,
     think_format,
 )
-from gmpo.reward.scoring import score
+from gmpo.reward.by_name import BUILTIN, FACTORIES, is_reward_spec, load_reward
+from gmpo.reward.score import score
 from gmpo.reward.sources import build_sources
+from gmpo.reward.text import final_number
 from tests.reward.cases import assistant, rollout, user
 
 NUMBERS = [

@@ -4,13 +4,8 @@ import functools
 import pytest
 
 from gmpo.reward.settings import RewardSettings
-from gmpo.reward.sources import (
-    FunctionReward,
-    RewardSource,
-    build_sources,
-    columns_of,
-    distinct_names,
-)
+from gmpo.reward.sources import FunctionReward, build_sources, columns_of, distinct_names
+from gmpo.reward.types import RewardSource
 from tests.reward.cases import assistant, call, rollout, user
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gmpo.reward.builtin import Completion, completion_text, spoken
+from gmpo.reward.text import Completion, completion_text, spoken
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gmpo.reward.model import ModelOptions, ModelReward, batches_by_length, max_input_length
+from gmpo.reward.reward_model import ModelOptions, ModelReward, batches_by_length, max_input_length
 from gmpo.reward.sources import build_sources
 from tests.reward.cases import assistant, call, rollout, user
 
@@ -165,7 +165,7 @@ def test_text_that_is_too_long_is_cut_and_never_silently(caplog, model_length, t
     full, cut = logit(model, "<s> a b c"), logit(model, "<s> a b c")
     assert scores == pytest.approx([full, cut, cut], rel=1e-4)
     assert metrics[:3] == [(f"rewards/{source.name}/truncated", share) for share in (0.0, 1.0, 1.0)]
-    (record,) = [record for record in caplog.records if record.name == "gmpo.reward.model"]
+    (record,) = [record for record in caplog.records if record.name == "gmpo.reward.reward_model"]
     assert "reads 4 tokens at most" in record.getMessage() and "has 6" in record.getMessage()
 
 

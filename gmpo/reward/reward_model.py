@@ -13,7 +13,7 @@ from gmpo.sharding import whole_parameters
 from gmpo.types import Rollout
 
 if TYPE_CHECKING:
-    from gmpo.reward.sources import RewardCall
+    from gmpo.reward.types import RewardCall
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmpo.reward.sources import RewardCall, RewardSource, columns_of
+from gmpo.reward.sources import columns_of
+from gmpo.reward.types import RewardCall, RewardSource
 from gmpo.types import Rollout
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmpo.reward.scoring import as_scores, event_loop, score
+from gmpo.reward.score import as_scores, event_loop, score
 from gmpo.reward.sources import build_sources
 from tests.reward.cases import assistant, rollout, user
 
@@ -218,14 +218,14 @@ def test_who_is_waited_for_is_said(caplog):
             event_loop().call_soon_threadsafe(answered.set)
 
     handler = Answer()
-    logging.getLogger("gmpo.reward.scoring").addHandler(handler)
+    logging.getLogger("gmpo.reward.score").addHandler(handler)
     try:
         same(
             scored([lost, lambda **kwargs: [0, 0]], patience_s=0.01).rewards,
             [[1.0, 0.0], [2.0, 0.0]],
         )
     finally:
-        logging.getLogger("gmpo.reward.scoring").removeHandler(handler)
+        logging.getLogger("gmpo.reward.score").removeHandler(handler)
     assert "No answer for 0.01 s from: lost." in caplog.text
 
 

@@ -2,8 +2,14 @@ import json
 
 import pytest
 
-from gmpo.cli import tasks
-from gmpo.cli.tasks import bare_number, evaluation_settings, reasoning_gym, stated_answer, task_rows
+from gmpo.reward import reasoning_gym as tasks
+from gmpo.reward.reasoning_gym import (
+    bare_number,
+    evaluation_settings,
+    reasoning_gym,
+    stated_answer,
+    task_rows,
+)
 
 pytest.importorskip("reasoning_gym")
 SUMS = {"size": 4, "seed": 7, "min_terms": 2, "max_terms": 2, "max_digits": 2}
