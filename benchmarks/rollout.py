@@ -21,9 +21,9 @@ from benchmarks import compare
 from benchmarks.step import prompts_of
 from gmpo.policy.head.onednn import use_onednn
 from gmpo.rollout.engine import Request, Sampling
-from gmpo.rollout.generate_engine import left_padded
-from gmpo.rollout.prompts import ending_tokens, padding_token
-from gmpo.rollout.shared_prefix_engine import SharedPrefixEngine
+from gmpo.rollout.local.hf_generate import left_padded
+from gmpo.rollout.local.shared_prefix import SharedPrefixEngine
+from gmpo.rollout.prompts.model_facts import ending_tokens, padding_token
 from gmpo.types import Prompt
 
 CASES = ((2, 50, 8), (8, 200, 8))  # prompts, about how many tokens of each, completions of each

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmpo import distributed
+from gmpo import distributed, sharding
 from gmpo.data.micro_batches import mixed_seed
 from gmpo.data.resample import SpareRows, prompt_key
 from gmpo.data.sampler import Rows
@@ -19,7 +19,7 @@ from gmpo.reward.score import Scored, score
 from gmpo.reward.settings import RewardSettings
 from gmpo.reward.types import RewardSource
 from gmpo.rollout.engine import Engine, Request, Sampling
-from gmpo.rollout.prompts import PromptEncoder
+from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.rollout.rollouts import roll_out
 from gmpo.token_sets import TokenSets
 from gmpo.types import Batch, Rollout, Scores
@@ -190,7 +190,7 @@ class Collector:
             for rows in torch.arange(len(batch)).split(self.rows_per_forward)
             for chunk in self.scorer.chunks(batch.rows(rows), self.max_tokens_per_chunk)
         ]
-        return distributed.as_many_everywhere(passes) if distributed.sharded(model) else passes
+        return distributed.as_many_everywhere(passes) if sharding.sharded(model) else passes
 
 
 def replacements(

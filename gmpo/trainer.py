@@ -59,10 +59,11 @@ from gmpo.report.tables import set_tensorboard_folder
 from gmpo.reward.advantages import reward_statistics
 from gmpo.reward.reward_model import ModelOptions
 from gmpo.reward.sources import FunctionReward, build_sources
-from gmpo.rollout.engines import build_engine
-from gmpo.rollout.prompts import PromptEncoder, check_dataset
-from gmpo.rollout.sampling import sampling_from
-from gmpo.rollout.weights import PolicyVersion
+from gmpo.rollout.build import build_engine
+from gmpo.rollout.local.sampler import sampling_from
+from gmpo.rollout.prompts.dataset import check_dataset
+from gmpo.rollout.prompts.encoder import PromptEncoder
+from gmpo.rollout.weights.version import PolicyVersion
 from gmpo.types import Batch, Statistics
 
 
@@ -129,10 +130,10 @@ class GRPOTrainer(Trainer):
             check_path(model)
         tokenizer = processing_class or tokenizer_of(model, config)
         self.encoder = PromptEncoder.build(tokenizer, model, config)
-        check_dataset(train_dataset, self.encoder, name="train_dataset")
+        check_dataset(train_dataset, self.encoder.form, name="train_dataset")
         check_workers(train_dataset, config.dataloader_num_workers)
         for name, rows in named_datasets(eval_dataset).items():
-            check_dataset(rows, self.encoder, name=name)
+            check_dataset(rows, self.encoder.form, name=name)
         options = ModelOptions(
             init_kwargs=config.model_init_kwargs,
             trust_remote_code=config.trust_remote_code,

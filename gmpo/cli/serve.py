@@ -8,14 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gmpo.rollout.vllm_backend import CPU_BLOCK, EXTENSION, NAME
-from gmpo.rollout.vllm_tokens import LOOPBACK, VARIABLE, new_token, token_file
+from gmpo.rollout.vllm.http.tokens import LOOPBACK, VARIABLE, new_token, token_file
+from gmpo.rollout.vllm.inside.worker import CPU_BLOCK, EXTENSION, NAME
 
 ON_CPUS = [
     "--no-enable-chunked-prefill",  # read in parts, a prompt makes vLLM take back random numbers, which fails there
     *("--block-size", str(CPU_BLOCK)),
 ]
-GUARD = "gmpo.rollout.vllm_guard.Guard"
+GUARD = "gmpo.rollout.vllm.inside.guard.Guard"
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gmpo.reward.math_judge import shared_judge
-from gmpo.reward.text import completion_text, final_number, gold_answers
+from gmpo.reward.text import Completion, completion_text, final_number, gold_answers, spoken
 
 RewardFunction = Callable[..., Any]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gmpo.rollout.engine import Engine, Request, Sampling
-from gmpo.rollout.prompts import PromptEncoder
+from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.types import Rollout
 
 

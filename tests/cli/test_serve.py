@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gmpo.cli import serve
-from gmpo.rollout.vllm_tokens import token_file
+from gmpo.rollout.vllm.http.tokens import token_file
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_it_listens_on_this_machine_alone_and_asks_for_a_token(started, capsys):
     options = options_of(command)
     assert command[0] == sys.executable and "some/model" in command
     assert (options["--host"], options["--port"]) == ("127.0.0.1", "8000")
-    assert options["--middleware"] == "gmpo.rollout.vllm_guard.Guard"
+    assert options["--middleware"] == "gmpo.rollout.vllm.inside.guard.Guard"
     assert environment["VLLM_API_KEY"] == token_file(8000).read_text()
     assert stat.S_IMODE(token_file(8000).stat().st_mode) == 0o600
     assert environment["VLLM_API_KEY"] not in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from datasets import Dataset
 
 from gmpo.config import GMPOConfig, GRPOConfig
-from gmpo.rollout.publication import named_weights
+from gmpo.rollout.weights.named import named_weights
 from gmpo.trainer import GMPOTrainer, GRPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 

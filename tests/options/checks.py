@@ -136,7 +136,7 @@ def ds3_gather_for_generation(monkeypatch, folder):
         gathered.append(inner)
         yield
 
-    monkeypatch.setattr("gmpo.rollout.inference.whole_model", whole)
+    monkeypatch.setattr("gmpo.rollout.generation_mode.whole_model", whole)
     for engine in ("shared_prefix", "generate"):
         for gather in (True, False):
             gathered.clear()
@@ -156,8 +156,8 @@ def use_vllm(monkeypatch, folder):
         def __init__(self, settings, policy, tokenizer, **options):
             made.append(settings.vllm_mode)
 
-    monkeypatch.setattr("gmpo.rollout.vllm_colocate.ColocatedEngine", Engine)
-    monkeypatch.setattr("gmpo.rollout.vllm_server.ServerEngine", Engine)
+    monkeypatch.setattr("gmpo.rollout.vllm.colocated.ColocatedEngine", Engine)
+    monkeypatch.setattr("gmpo.rollout.vllm.server.ServerEngine", Engine)
     build(SCENARIOS["gmpo"], {}, folder / "without")
     build(SCENARIOS["gmpo"], {"use_vllm": True}, folder / "colocated")
     build(SCENARIOS["gmpo"], {"use_vllm": True, "vllm_mode": "server"}, folder / "server")

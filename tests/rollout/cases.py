@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from gmpo.rollout.engine import Completion, Request
-from gmpo.rollout.generate_engine import GenerateEngine
-from gmpo.rollout.shared_prefix_engine import SharedPrefixEngine
+from gmpo.rollout.local.hf_generate import GenerateEngine
+from gmpo.rollout.local.shared_prefix import SharedPrefixEngine
 from gmpo.types import Prompt
 
 VOCABULARY = 32

@@ -9,16 +9,16 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
-from gmpo.rollout import shared_prefix_engine
-from gmpo.rollout.checked_engine import CheckedEngine
-from gmpo.rollout.decoder import packed_logits
+from gmpo.rollout.build import build_engine
 from gmpo.rollout.engine import Request, Sampling
-from gmpo.rollout.engines import build_engine
-from gmpo.rollout.generate_engine import GenerateEngine
-from gmpo.rollout.prefix_cache import SharedPrefixCache
-from gmpo.rollout.prompts import PromptEncoder
+from gmpo.rollout.local import shared_prefix as shared_prefix_engine
+from gmpo.rollout.local.cache import SharedPrefixCache
+from gmpo.rollout.local.checked import CheckedEngine
+from gmpo.rollout.local.decoder import packed_logits
+from gmpo.rollout.local.hf_generate import GenerateEngine
+from gmpo.rollout.local.shared_prefix import SharedPrefixEngine, obstacle
+from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.shared_prefix_engine import SharedPrefixEngine, obstacle
 from gmpo.types import Prompt
 from tests.rollout.cases import (
     ENGINES,

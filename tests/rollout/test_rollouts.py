@@ -1,8 +1,8 @@
 from gmpo.rollout.engine import Completion, Request, Sampling
-from gmpo.rollout.prompts import PromptEncoder
+from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.rollout.rollouts import roll_out
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.weights import PolicyVersion
+from gmpo.rollout.weights.version import PolicyVersion
 from tests.tiny import WORDS, tiny_tokenizer
 
 

@@ -6,7 +6,7 @@ from torch import distributed
 
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm_colocate import ColocatedEngine
+from gmpo.rollout.vllm.colocated import ColocatedEngine
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
 from tests.vllm.small import CPU, distances, small_policy, train

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo
 from peft import LoraConfig
 
-from gmpo.rollout.vllm_server import ServerEngine
+from gmpo.rollout.vllm.server import ServerEngine
 from tests.distributed.runs import result_of, trainer
 from tests.vllm.small import CPU, SEQUENCES, small_model
 

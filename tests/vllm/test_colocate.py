@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gmpo.rollout import vllm_backend
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm_colocate import ColocatedEngine
-from gmpo.rollout.vllm_faults import VllmFault
+from gmpo.rollout.vllm.colocated import ColocatedEngine
+from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.inside import worker as vllm_backend
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
 from tests.vllm.small import (
@@ -159,7 +159,7 @@ def test_a_missing_weight_is_an_error_and_the_next_publication_works(start, monk
     engine = start(policy)
     engine.publish(0)
     with monkeypatch.context() as patch:
-        from gmpo.rollout import vllm_colocate
+        from gmpo.rollout.vllm import colocated as vllm_colocate
 
         whole = vllm_colocate.policy_weights
         patch.setattr(vllm_colocate, "policy_weights", lambda *a, **k: list(whole(*a, **k))[:-1])
@@ -178,7 +178,7 @@ def test_a_publication_that_stops_half_way_does_not_leave_its_half_to_the_next(s
     engine.publish(0)
     train(policy, steps=1)
     with monkeypatch.context() as patch:
-        from gmpo.rollout import vllm_colocate
+        from gmpo.rollout.vllm import colocated as vllm_colocate
 
         def stops(*arguments, **keywords):
             yield from list(whole(*arguments, **keywords))[

@@ -13,9 +13,9 @@ from datasets import Dataset
 from gmpo.config import GMPOConfig
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm_faults import VllmFault
-from gmpo.rollout.vllm_server import ServerEngine
-from gmpo.rollout.vllm_tokens import find_token
+from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.http.tokens import find_token
+from gmpo.rollout.vllm.server import ServerEngine
 from gmpo.trainer import GMPOTrainer
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
@@ -82,7 +82,7 @@ def test_after_each_optimizer_step_the_server_computes_what_is_trained(server, k
     policy = small_policy(kind, **LONG)
     if kind == "merged adapter":
         monkeypatch.setattr(
-            "gmpo.rollout.vllm_server.adapter_obstacle", lambda policy: "we want it merged"
+            "gmpo.rollout.vllm.server.adapter_obstacle", lambda policy: "we want it merged"
         )
     base = base_weights(policy)
     it = engine(server, policy)
@@ -231,7 +231,7 @@ def test_a_server_that_does_not_answer_is_not_healthy(server):
 
 
 def test_another_version_of_vllm(server, monkeypatch):
-    monkeypatch.setattr("gmpo.rollout.vllm_client.SUPPORTED", "0.31.")
+    monkeypatch.setattr("gmpo.rollout.vllm.http.client.SUPPORTED", "0.31.")
     refused(server.address, r"is vLLM 0\.32\.\S*, and gmpo works with 0\.31\.x. Install that one")
 
 

@@ -1,0 +1,117 @@
+"""Several vLLM servers as one receiver of weights."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from gmpo.rollout.settings import RolloutSettings
+from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.http.channel import Channel
+from gmpo.rollout.vllm.http.client import Client, EngineFacts
+from gmpo.rollout.vllm.http.tokens import find_token
+
+
+class Fleet:
+    """Servers that serve the same model in the same way.
+
+    Args:
+        clients: At least one.
+    """
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        self.clients = list(clients)
+        self.facts: list[EngineFacts] = []
+        self.tag: str | None = None  # what a finished update is called, if its caller does not say
+
+    @classmethod
+    def of(cls, settings: RolloutSettings) -> "Fleet":
+        """The servers that the settings name."""
+        timeout = settings.vllm_server_timeout
+        return cls(
+            [
+                Client(Channel(address, token=None, timeout=timeout))
+                for address in addresses(settings)
+            ]
+        )
+
+    def connect(self, seconds: float) -> None:
+        """Wait for all servers and see that they can be used together.
+
+        Raises:
+            VllmFault: A server does not come, can't be given weights, or differs from the others.
+        """
+        self.each(lambda client: client.channel.wait(seconds))
+        for client in self.clients:
+            client.channel.token = find_token(
+                client.address
+            )  # now: a server that was started again has a new one
+        self.facts = self.each(lambda client: client.facts())
+        for client, facts in zip(self.clients, self.facts, strict=True):
+            first = self.facts[0]
+            if (facts.backend, facts.dtype, facts.device) != (
+                first.backend,
+                first.dtype,
+                first.device,
+            ):
+                raise VllmFault(
+                    f"The servers differ: {self.clients[0].address} is {first}, {client.address} is {facts}. "
+                    "Start all of them alike."
+                )
+
+    @property
+    def longest(self) -> int:
+        return min(facts.longest for facts in self.facts)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the servers load weights with gmpo's backend, not with vLLM's plain NCCL one."""
+        return self.facts[0].backend == "gmpo"
+
+    def each(self, work: Callable[[Client], Any]) -> list[Any]:
+        """`work` on all servers at the same time; the first failure is raised after all have ended."""
+        if len(self.clients) == 1:
+            return [work(self.clients[0])]
+        with ThreadPoolExecutor(max_workers=len(self.clients)) as pool:
+            return [
+                future.result() for future in [pool.submit(work, client) for client in self.clients]
+            ]
+
+    # -- a Receiver ------------------------------------------------------------------------------------------------
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.each(lambda client: client.init_weight_transfer_engine(init_info))
+
+    def join_nccl(self, payload: dict[str, Any]) -> None:
+        """Let the workers of all servers join an NCCL group, one server's after another's."""
+        offsets = {}
+        next_rank = payload["rank_offset"]
+        for client, facts in zip(self.clients, self.facts, strict=True):
+            offsets[client] = next_rank
+            next_rank += facts.workers
+        wrapped = (lambda info: {"nccl": info}) if self.is_ours else (lambda info: info)
+        self.each(
+            lambda client: client.init_weight_transfer_engine(
+                wrapped({**payload, "rank_offset": offsets[client]})
+            )
+        )
+
+    def start_weight_update(self) -> None:
+        self.each(lambda client: client.start_weight_update())
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.each(lambda client: client.update_weights(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.each(lambda client: client.finish_weight_update(weight_version or self.tag))
+
+    def abandon(self) -> None:
+        self.each(lambda client: client.abandon())
+
+
+def addresses(settings: RolloutSettings) -> list[str]:
+    if settings.vllm_server_addresses:
+        return list(settings.vllm_server_addresses)
+    if settings.vllm_server_base_url is not None:
+        return [settings.vllm_server_base_url]
+    host = "127.0.0.1" if settings.vllm_server_host == "0.0.0.0" else settings.vllm_server_host
+    return [f"http://{host}:{settings.vllm_server_port}"]

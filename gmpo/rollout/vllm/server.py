@@ -1,0 +1,384 @@
+"""vLLM behind one or several servers."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+
+from gmpo import distributed
+from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.rollout.exactness import ExactnessCheck, prompt_logps
+from gmpo.rollout.generation_mode import Autocast
+from gmpo.rollout.settings import RolloutSettings
+from gmpo.rollout.vllm.errors import FirstFailure, VllmFault, raise_together
+from gmpo.rollout.vllm.http.client import Client
+from gmpo.rollout.vllm.http.fleet import Fleet
+from gmpo.rollout.vllm.sampling import (
+    VllmSampling,
+    check_room,
+    completion,
+    engine_seed,
+    vllm_sampling,
+)
+from gmpo.rollout.vllm.transfer.nccl import WeightSource, own_host, trainer_engine
+from gmpo.rollout.vllm.transfer.send import (
+    ByFile,
+    ByNccl,
+    Carrier,
+    new_run,
+    policy_weights,
+    send,
+    shared_folder,
+)
+from gmpo.rollout.weights.adapters import adapter_obstacle, write_adapter
+from gmpo.rollout.weights.named import description
+
+logger = logging.getLogger(__name__)
+
+AT_A_TIME = 64  # requests of one rank
+INCIDENTS = 3  # losses of a server in one collection that are waited for
+
+
+class ServerEngine:
+    """Makes completions with vLLM servers, which every rank asks for its own.
+
+    Rank 0 gives the servers their weights.  The first time it makes them forget what they have, and compares their
+    log-probs with the trainer's afterwards.  Every answer says which weights wrote it.
+
+    Args:
+        settings: vllm_* options.
+        policy: Gives the trainer's model as it is now, without wrappers but PEFT's.
+        tokenizer: For the text of the check.
+        eos: Tokens that end a completion.
+        autocast: Makes the context of mixed precision, if the trainer computes in it.
+
+    Raises:
+        VllmFault: On every rank, if a server does not come within vllm_server_timeout, or can't be used.
+    """
+
+    def __init__(
+        self,
+        settings: RolloutSettings,
+        policy: Callable[[], Any],
+        tokenizer: Any,
+        *,
+        eos: Sequence[int],
+        autocast: Autocast | None = None,
+    ) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.eos = tuple(eos)
+        self.leads = distributed.rank() == 0
+        self.run = distributed.gathered_objects(new_run())[0]
+        self.fleet = Fleet.of(settings)
+        self.wanted = 0  # version of the weights that the next completions must come from
+        self._connect(settings.vllm_server_timeout)
+        self.check = partial(
+            ExactnessCheck,
+            policy,
+            tokenizer,
+            autocast=autocast,
+            tolerance=settings.vllm_publication_tolerance,
+        )
+
+    def _connect(self, seconds: float) -> None:
+        """Find the servers; none of them has weights of ours then.  Every rank must call."""
+        first = FirstFailure()
+        first.run(self.fleet.connect, seconds)
+        if self.leads and first.error is None and self.fleet.is_ours:
+            first.run(
+                self.fleet.init_weight_transfer_engine,
+                {"model": description(self.policy()), "logits_scale": 1.0},
+            )
+        raise_together(first.error, "reach the vLLM server")
+        self.version: int | None = None  # that the servers have
+        self.checked = False  # whether they compute what is trained
+        self.scale = 1.0
+        self.base_published = False
+        self.adapter: str | None = None  # its name on the servers
+        self.adapter_folder: str | None = None
+        self.carrier: Carrier | None = None
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def publish(self, version: int) -> None:
+        """Give the servers the policy's weights, if `version` is another than they have.  Every rank must call.
+
+        Raises:
+            VllmFault: On every rank, if it failed, or vLLM does not compute what is trained.
+        """
+        self.wanted = version
+        self._persist(lambda: None)
+
+    def _persist(self, work: Callable[[], None]) -> None:
+        """`work` by servers that have the wanted weights; again, when they were lost and have come back."""
+        for incident in range(INCIDENTS + 1):
+            try:
+                if self.version != self.wanted:
+                    self._publish(self.wanted)
+                return work()
+            except VllmFault as fault:
+                if (
+                    not fault.lost
+                    or not self.settings.vllm_server_reconnect
+                    or incident == INCIDENTS
+                ):
+                    raise
+                logger.warning(
+                    "%s Waiting up to %g seconds.", fault, self.settings.vllm_server_reconnect
+                )
+            self.close()
+            self._connect(self.settings.vllm_server_reconnect)
+            logger.warning("The vLLM server is back.")
+
+    def _publish(self, version: int) -> None:
+        if self.version is not None:
+            self._see_that_they_are_the_same()
+        self.version = None
+        tag = f"{self.run}:{version}"
+        if not self.checked:
+            self._forget()
+        if self.fleet.facts[0].takes_adapters and adapter_obstacle(self.policy()) is None:
+            self._publish_adapter(tag, version)
+        else:
+            self._publish_weights(tag, merge=True)
+        if not self.checked:
+            scores = (
+                [partial(self._score, client) for client in self.fleet.clients]
+                if self.leads
+                else []
+            )
+            self.check(longest=self.fleet.longest - 1).run(scores, self.dtype)
+            self.checked = True
+        self.version = version
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.fleet.facts[0].dtype)
+
+    @property
+    def tag(self) -> str:
+        return f"{self.run}:{self.version}"
+
+    def _see_that_they_are_the_same(self) -> None:
+        """A server that was started again has lost more than its weights: the scale of its logits, the base model."""
+        first = FirstFailure()
+        if self.leads:
+            first.run(
+                self.fleet.each,
+                lambda client: self._check_version(client, {client.weight_version()}),
+            )
+        raise_together(first.error, "find the vLLM servers as they were")
+
+    def _forget(self) -> None:
+        first = FirstFailure()
+        if self.leads:
+            first.run(self.fleet.each, lambda client: client.zero_weights())
+        raise_together(first.error, "make the vLLM server forget its weights")
+
+    def _publish_weights(self, tag: str, *, merge: bool) -> None:
+        if self.carrier is None:
+            self.carrier = self._make_carrier(merge)
+        self.fleet.tag = tag
+        weights = policy_weights(self.policy, merge=merge, dtype=self.dtype)
+        send(self.carrier if self.leads else None, weights, tag=tag)
+
+    def _make_carrier(self, merge: bool) -> Carrier:
+        """How weights travel; the same on every rank, since NCCL must know all shapes before."""
+        on_gpus = torch.cuda.is_available() and self.fleet.facts[0].device == "cuda"
+        over_nccl = self.settings.vllm_weight_transfer == "nccl" or not self.fleet.is_ours
+        if not (over_nccl or (self.settings.vllm_weight_transfer == "auto" and on_gpus)):
+            return ByFile(self.fleet, self.settings.vllm_weight_folder)
+        if not on_gpus:
+            raise VllmFault(
+                "Weights travel over NCCL from a GPU to GPUs. Set vllm_weight_transfer='file'."
+            )
+        weights = policy_weights(self.policy, merge=merge, dtype=self.dtype)
+        names = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+        make = partial(
+            trainer_engine,
+            receiver=self.fleet,
+            join=self.fleet.join_nccl,
+            workers=sum(facts.workers for facts in self.fleet.facts),
+            host=own_host(self.fleet.clients[0].address),
+            port=self.settings.vllm_group_port,
+        )
+        return ByNccl(
+            lambda tensors: make(WeightSource(names, tensors)),
+            timeout=self.settings.vllm_server_timeout,
+        )
+
+    def _publish_adapter(self, tag: str, version: int) -> None:
+        if not self.base_published:
+            self._publish_weights(f"{tag}:base", merge=False)
+            self.base_published = True
+        folder = None
+        if self.leads:
+            folder = tempfile.mkdtemp(
+                prefix="gmpo-adapter-", dir=shared_folder(self.settings.vllm_weight_folder)
+            )
+        write_adapter(self.policy(), folder)
+        first = FirstFailure()
+        name = f"{self.run}-{version}"
+        if folder is not None:
+            os.chmod(folder, 0o755)
+            first.run(self._exchange_adapter, name, folder, tag)
+        raise_together(first.error, "publish the policy's adapter")
+        self.adapter = name
+
+    def _exchange_adapter(self, name: str, folder: str, tag: str) -> None:
+        previous = self.adapter
+
+        def exchange(client: Client) -> None:
+            client.load_adapter(name, folder)
+            if previous is not None:
+                client.unload_adapter(previous)
+            client.set_version(tag)
+
+        self.fleet.each(exchange)
+        if self.adapter_folder is not None:
+            shutil.rmtree(self.adapter_folder, ignore_errors=True)
+        self.adapter_folder = folder  # a server may read it again
+
+    def _score(self, client: Client, ids: list[int]) -> list[float]:
+        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        answer = client.generate(
+            {"token_ids": ids, "model": self.adapter, "sampling_params": params}
+        )
+        return prompt_logps(
+            answer["prompt_logprobs"],
+            [str(token) for token in ids],
+            lambda report: float(report["logprob"]),
+        )
+
+    # -- completions -----------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """`count` completions for each request; each prompt is read once.  Every rank must call.
+
+        Raises:
+            VllmFault: On every rank, if a server failed, or answered from other weights than were published.
+            ValueError: Of this rank's requests, on every rank.
+        """
+        options = vllm_sampling(
+            sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex
+        )
+        done: list[list[Completion] | None] = [None] * len(requests)
+
+        def work() -> None:
+            first = FirstFailure()
+            first.run(self._scale_logits, options)
+            first.run(self._fill, done, requests, options)
+            raise_together(first.error, "get completions from the vLLM server")
+
+        self._persist(work)
+        return [completions for completions in done if completions is not None]
+
+    def _scale_logits(self, options: VllmSampling) -> None:
+        """See vllm_sampling.  Every rank asks for the same scale, so that none must wait for another to do so."""
+        if self.fleet.is_ours and options.logits_scale != self.scale:
+            self.fleet.init_weight_transfer_engine({"logits_scale": options.logits_scale})
+            self.scale = options.logits_scale
+
+    def _fill(self, done: list[Any], requests: Sequence[Request], options: VllmSampling) -> None:
+        """Put the completions of the requests that have none yet into `done`."""
+        check_room(
+            requests,
+            options.options,
+            self.fleet.longest,
+            remedy="Serve with a larger --max-model-len",
+        )
+        params, report = self._params(options)
+        open_requests = [number for number in range(len(requests)) if done[number] is None]
+        if not open_requests:
+            return
+        servers = self.fleet.clients
+        pool = ThreadPoolExecutor(max_workers=min(AT_A_TIME, len(open_requests)))
+        try:
+            futures = {}
+            for number in open_requests:
+                client = servers[(number + distributed.rank()) % len(servers)]
+                futures[number] = pool.submit(
+                    self._complete, client, requests[number], params, report
+                )
+            for number, future in futures.items():
+                done[number] = future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # first, or others would begin in the place of those cut
+            for client in servers:
+                client.channel.hang_up()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _params(self, options: VllmSampling) -> tuple[dict[str, Any], bool]:
+        """The sampling options for these servers, and whether their log-probs are those that gmpo wants."""
+        if self.fleet.is_ours and self.fleet.facts[0].logprobs_mode == "raw_logprobs":
+            return options.on_scaled_logits(), not options.restricted
+        raw = self.fleet.facts[0].logprobs_mode == "raw_logprobs"
+        fits = options.temperature in (0.0, 1.0) if raw else not options.truncated
+        return options.options, fits and not options.restricted
+
+    def _complete(
+        self, client: Client, request: Request, params: dict[str, Any], report: bool
+    ) -> list[Completion]:
+        own = {"n": request.count, "seed": engine_seed(request), "logprobs": 0 if report else None}
+        body = {
+            "token_ids": request.prompt.ids,
+            "model": self.adapter,
+            "sampling_params": {**params, **own},
+        }
+        answer = client.generate(body)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            if len(choices) != request.count:
+                raise ValueError(f"{len(choices)} completions came for {request.count}")
+            completions = [as_completion(choice, report=report) for choice in choices]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise VllmFault(
+                f"{client.address} was asked for completions, and its answer is none: {error!r}."
+            ) from None
+        for choice in choices:
+            if choice["token_ids"]:
+                self._check_version(
+                    client, {span["version"] for span in choice.get("weight_versions") or []}
+                )
+        return completions
+
+    def _check_version(self, client: Client, seen: set[str]) -> None:
+        if seen != {self.tag}:
+            raise VllmFault(
+                f"{client.address} answered from the weights {sorted(seen)}, not from {self.tag!r}, which were "
+                "published. Was it restarted, or does another run give it weights, too?",
+                lost=True,
+            )
+
+    def close(self) -> None:
+        """Leave the servers as they are."""
+        if self.adapter_folder is not None:
+            shutil.rmtree(self.adapter_folder, ignore_errors=True)
+
+
+def as_completion(choice: dict[str, Any], *, report: bool) -> Completion:
+    """One choice of an answer.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It is none.
+    """
+    ids = choice["token_ids"]
+    if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise ValueError(f"token_ids={str(ids)[:80]}")
+    if not report:
+        return completion(ids, choice["finish_reason"], None)
+    steps = choice["logprobs"]["content"]
+    if [step["token_id"] for step in steps] != ids:
+        raise ValueError("its log-probs are of other tokens")
+    return completion(ids, choice["finish_reason"], [float(step["logprob"]) for step in steps])

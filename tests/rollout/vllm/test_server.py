@@ -1,0 +1,369 @@
+"""The server engine against servers that behave and servers that don't."""
+
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.rollout.settings import RolloutSettings
+from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.http.tokens import token_file
+from gmpo.rollout.vllm.server import ServerEngine
+from gmpo.types import Prompt
+from tests.rollout.vllm.fake_vllm import FACTS, FakeVllm, breaking_off, dripping, error, silent
+from tests.tiny import tiny_model, tiny_tokenizer
+
+GENERATE = "/inference/v1/generate"
+SAMPLING = Sampling(max_new_tokens=8)
+
+
+def engine(*servers, model=None, **options):
+    model = model or tiny_model()
+    settings = RolloutSettings(
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_addresses=[server.address for server in servers],
+        **{"vllm_server_timeout": 2.0, "vllm_publication_tolerance": 1e9, **options},
+    )
+    return ServerEngine(settings, lambda: model, tiny_tokenizer(), eos=(1,))
+
+
+def request(*ids, count=2, seed=5):
+    return Request(Prompt(list(ids), "text"), count, seed)
+
+
+def prompts_of(server):
+    """The prompts that a server was asked to complete, without the text of the check."""
+    bodies = [body for path, body in server.requests if path == GENERATE]
+    return [body["token_ids"] for body in bodies if "seed" in body["sampling_params"]]
+
+
+def test_each_prompt_is_sent_once_with_its_count_and_its_seed():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        completions = it.generate([request(3, 4), request(7, count=3, seed=2**63 + 1)], SAMPLING)
+        bodies = [
+            body
+            for path, body in server.requests
+            if path == GENERATE and "seed" in body["sampling_params"]
+        ]
+    assert completions[0] == [Completion([4, number, 1], "stop", [-0.5] * 3) for number in range(2)]
+    assert [len(group) for group in completions] == [2, 3]
+    assert sorted((body["token_ids"], body["sampling_params"]["n"]) for body in bodies) == [
+        ([3, 4], 2),
+        ([7], 3),
+    ]
+    assert {body["sampling_params"]["seed"] for body in bodies} == {5, (2**63 + 1) % 2**62}
+
+
+def test_weights_are_published_when_the_version_changes_and_only_then():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        it.publish(0)
+        assert server.count("/start_weight_update") == 1
+        it.publish(3)
+        it.generate([request(3)], SAMPLING)
+        it.publish(2)  # a best model loaded at the end, a resume: any other number
+        assert server.count("/start_weight_update") == 3
+        assert server.version == f"{it.run}:2"
+
+
+def test_before_the_first_publication_the_server_forgets_what_it_has():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        it.publish(1)
+        paths = [path for path, _ in server.requests]
+    assert paths.index("/weight_checker") < paths.index("/start_weight_update")
+    assert paths.count("/weight_checker") == 1
+
+
+def test_all_weights_arrive_in_safetensors_files_that_are_gone_afterwards(tmp_path):
+    model = tiny_model()
+    seen = {}
+
+    with FakeVllm() as server:
+
+        def update(handler):
+            seen.update(load_file(server.requests[-1][1]["update_info"]["path"]))
+            handler.send_response(200)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+
+        server.answers["/update_weights"] = update
+        engine(server, model=model, vllm_weight_folder=str(tmp_path)).publish(0)
+    assert seen.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(seen[name], parameter) for name, parameter in model.named_parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_servers_share_the_prompts_and_get_the_same_weights():
+    with FakeVllm() as first, FakeVllm() as second:
+        it = engine(first, second)
+        it.publish(0)
+        it.generate([request(3), request(4), request(5)], SAMPLING)
+        assert first.version == second.version == f"{it.run}:0"
+    assert sorted(prompts_of(first)) == [[3], [5]] and prompts_of(second) == [[4]]
+
+
+def test_servers_that_differ_are_refused():
+    other = {"/collective_rpc": {"results": [{**FACTS, "dtype": "bfloat16"}]}}
+    with (
+        FakeVllm() as first,
+        FakeVllm(answers=other) as second,
+        pytest.raises(VllmFault, match="The servers differ"),
+    ):
+        engine(first, second)
+
+
+def test_an_engine_that_computes_something_else_is_refused():
+    with FakeVllm() as server:  # all its log-probs are -1
+        it = engine(server, vllm_publication_tolerance=None)
+        with pytest.raises(VllmFault, match="vLLM does not compute what is trained"):
+            it.publish(0)
+
+
+def test_temperature_is_the_servers_logit_scale_so_that_raw_log_probs_are_of_the_sampled_distribution():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9))
+        it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9))
+        infos = [
+            body["init_info"]
+            for path, body in server.requests
+            if path == "/init_weight_transfer_engine"
+        ]
+        params = server.requests[-1][1]["sampling_params"]
+    assert [info["logits_scale"] for info in infos] == [1.0, 2.0]
+    assert (params["temperature"], params["top_p"], params["logprobs"]) == (1.0, 0.9, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "sampling", "reported"),
+    [
+        ("raw_logprobs", Sampling(8), True),
+        ("raw_logprobs", Sampling(8, top_p=0.5), True),
+        ("raw_logprobs", Sampling(8, temperature=0.5), False),
+        ("processed_logprobs", Sampling(8, temperature=0.5), True),
+        ("processed_logprobs", Sampling(8, top_k=3), False),
+    ],
+)
+def test_a_server_without_gmpo_reports_log_probs_only_of_the_right_distribution(
+    mode, sampling, reported
+):
+    facts = {**FACTS, "backend": "nccl", "logprobs_mode": mode}
+    with FakeVllm(answers={"/collective_rpc": {"results": [facts]}}) as server:
+        it = engine(server)
+        it.version = 0
+        server.version = it.tag
+        (completions,) = it.generate([request(3)], sampling)
+        assert (completions[0].logps is not None) == reported
+        assert server.requests[-1][1]["sampling_params"]["temperature"] == sampling.temperature
+
+
+def wrong(**changes):
+    """An answer with one choice that differs from a good one."""
+
+    def answer(server, body):
+        return {
+            "choices": [
+                server.choice(n, body, **changes) for n in range(body["sampling_params"]["n"])
+            ]
+        }
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (wrong(finish_reason="abort"), r"its answer is none: .*ended by 'abort'"),
+        (wrong(token_ids=["a"]), r"its answer is none: .*token_ids"),
+        (wrong(token_ids=None), r"its answer is none"),
+        (wrong(logprobs=None), r"its answer is none"),
+        (wrong(logprobs={"content": []}), r"its log-probs are of other tokens"),
+        (wrong(index=None), r"its answer is none"),
+        (lambda server, body: {"choices": []}, r"0 completions came for 2"),
+        (lambda server, body: {"nothing": 1}, r"asked for completions and answered"),
+        (lambda server, body: [1, 2], r"asked for completions and answered"),
+    ],
+)
+def test_answers_that_are_none_are_errors(answer, message):
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        real = server._answer
+        server._answer = lambda path, body: (
+            answer(server, body) if path == GENERATE else real(path, body)
+        )
+        with pytest.raises(VllmFault, match=message) as fault:
+            it.generate([request(3)], SAMPLING)
+        assert fault.value.raised_on_every_rank
+
+
+@pytest.mark.parametrize("versions", [[{"version": "default"}], [], None, "mixed"])
+def test_an_answer_from_other_weights_is_an_error(versions):
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        spans = [{"version": it.tag}, {"version": "default"}] if versions == "mixed" else versions
+        real = server._answer
+        server._answer = lambda path, body: (
+            wrong(weight_versions=spans)(server, body) if path == GENERATE else real(path, body)
+        )
+        with pytest.raises(VllmFault, match=r"answered from the weights .*, not from 'gmpo-"):
+            it.generate([request(3)], SAMPLING)
+
+
+@pytest.mark.parametrize("behaviour", [silent, dripping, breaking_off])
+def test_a_generation_that_does_not_come_ends_in_time_and_is_asked_for_once(behaviour):
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        before = server.count(GENERATE)
+        server.answers[GENERATE] = behaviour
+        began = time.monotonic()
+        with pytest.raises(VllmFault, match=r"was not answered within 2 seconds|broke off"):
+            it.generate([request(3)], SAMPLING)
+        assert time.monotonic() - began < 15
+        assert server.count(GENERATE) == before + 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+)
+@pytest.mark.parametrize("behaviour", [silent, breaking_off])
+def test_a_publication_that_stops_anywhere_ends_in_time(path, behaviour):
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        server.answers[path] = behaviour
+        began = time.monotonic()
+        with pytest.raises(
+            VllmFault, match=rf"{path}.* (was not answered within 2 seconds|broke off)"
+        ) as fault:
+            it.publish(1)
+        assert time.monotonic() - began < 15
+        assert fault.value.raised_on_every_rank
+        del server.answers[path]
+        it.publish(1)
+        assert server.version == f"{it.run}:1"
+
+
+def test_weights_that_do_not_fit_are_an_error_after_which_another_update_can_begin():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        server.answers["/finish_weight_update"] = error(500, "The weight update lacks 1 parameters")
+        with pytest.raises(VllmFault, match="lacks 1 parameters"):
+            it.publish(1)
+        assert not server.active
+        del server.answers["/finish_weight_update"]
+        it.publish(1)
+
+
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_sent():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        before = server.count(GENERATE)
+        with pytest.raises(
+            ValueError, match=r"make 129, and vLLM takes 128. Serve with a larger --max-model-len"
+        ):
+            it.generate([request(*[3] * 121)], SAMPLING)
+        assert server.count(GENERATE) == before
+
+
+def test_with_reconnect_a_restarted_server_gets_the_weights_and_the_open_requests():
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_reconnect=20.0)
+        it.publish(4)
+        it.generate([request(3)], SAMPLING)
+        server.version = "default"  # a new server, with the weights that it was started with
+        (completions,) = it.generate([request(3)], SAMPLING)
+        assert len(completions) == 2
+        assert server.version == f"{it.run}:4"
+        assert server.count("/start_weight_update") == 2
+
+
+def test_a_server_that_was_restarted_between_steps_is_noticed_before_it_gets_weights():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        server.version = "default"
+        with pytest.raises(
+            VllmFault, match=r"answered from the weights \['default'\], not from 'gmpo-.*:0'"
+        ):
+            it.publish(1)
+        assert server.count("/start_weight_update") == 1
+
+
+def test_with_reconnect_a_restarted_server_is_told_everything_anew():
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_reconnect=20.0)
+        it.publish(0)
+        it.generate([request(3)], Sampling(8, temperature=0.5))
+        server.version = "default"
+        it.publish(1)
+        it.generate([request(3)], Sampling(8, temperature=0.5))
+        infos = [
+            body["init_info"]
+            for path, body in server.requests
+            if path == "/init_weight_transfer_engine"
+        ]
+        assert [info["logits_scale"] for info in infos] == [1.0, 2.0, 1.0, 2.0]
+        assert server.count("/weight_checker") == 2 and server.version == f"{it.run}:1"
+
+
+def test_with_reconnect_a_restarted_server_may_have_another_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with FakeVllm(token="first") as server:
+        file = token_file(server.server.server_port)
+        file.parent.mkdir(parents=True)
+        file.write_text("first")
+        it = engine(server, vllm_server_reconnect=20.0)
+        it.publish(0)
+        server.token, server.version = "second", "default"
+        file.write_text("second")
+        it.generate([request(3)], SAMPLING)
+        assert server.version == f"{it.run}:0"
+
+
+def test_with_reconnect_what_was_generated_is_not_generated_again():
+    with FakeVllm() as good, FakeVllm() as lost:
+        it = engine(good, lost, vllm_server_reconnect=20.0)
+        it.publish(0)
+        answers = iter([breaking_off])
+        real = lost._answer
+        lost._answer = lambda path, body: (
+            next(answers, None) or real(path, body) if path == GENERATE else real(path, body)
+        )
+        completions = it.generate([request(3, count=1), request(4, count=1)], SAMPLING)
+        assert [group[0].ids[0] for group in completions] == [3, 4]
+    assert prompts_of(good) == [[3]]
+
+
+def test_with_reconnect_a_server_that_stays_away_ends_the_run():
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_reconnect=1.0)
+        it.publish(0)
+        server.answers |= {GENERATE: breaking_off, "/health": (503, b"")}
+        with pytest.raises(VllmFault, match=r"No healthy vLLM server at .* within 1 seconds"):
+            it.generate([request(3)], SAMPLING)
+
+
+def test_with_reconnect_a_server_that_fails_again_and_again_ends_the_run():
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_reconnect=5.0)
+        it.publish(0)
+        server.answers[GENERATE] = breaking_off
+        before = server.count(GENERATE)
+        with pytest.raises(VllmFault, match="broke off"):
+            it.generate([request(3)], SAMPLING)
+        assert server.count(GENERATE) == before + 4
