@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 MODULES = {"gmpo": "gmpo", "peer": "trl.experimental.gmpo"}
 PARTS = {  # where a step's time goes: (path from the trainer to what is called, part); inner calls count for themselves
     "gmpo": (
-        ("engine.generate", "generate"),
-        ("scorer.scores", "old log-probs"),
+        ("stages.engine.generate", "generate"),
+        ("stages.logprobs.compute_without_grad", "old log-probs"),
         ("training_step", "learn"),
         ("accelerator.clip_grad_norm_", "optimizer"),
     ),
@@ -206,7 +206,7 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
         batch: Safetensors file: "prompts" [groups, P], "completions" [B, T] padded with 0, "lengths" [B], "advantages"
             [B]; rows of a group are contiguous.
     """
-    from gmpo.data.micro_batches import carries_signal, carrying_together
+    from gmpo.data.micro_batches import has_signal, pack_signal_rows
     from gmpo.learn import MicroBatch
 
     trainer = make_trainer(
@@ -221,8 +221,8 @@ def collection(channel: Any, *, model: str, batch: str, options: dict[str, Any],
     if (
         trainer.args.zero_signal_groups != "keep"
     ):  # as the trainer does between collecting and learning
-        signal = carries_signal(whole.batch)
-        micro_batches = carrying_together(micro_batches, signal, first=len(micro_batches), window=1)
+        signal = has_signal(whole.batch)
+        micro_batches = pack_signal_rows(micro_batches, signal, first=len(micro_batches), window=1)
     parts = [MicroBatch(whole.batch.rows(index), whole.denominators) for index in micro_batches]
     while channel.receive() is not None:
         start = clock()
@@ -252,7 +252,7 @@ def gmpo_inputs(rows: dict[str, Tensor]) -> Any:
         completion_ids=completions,
         lengths=lengths,
         mask=torch.arange(completions.shape[1], device=lengths.device) < lengths[:, None],
-        num_written=lengths,
+        num_completion_tokens=lengths,
         advantages=rows["advantages"],
         group=group,
     )
@@ -316,18 +316,19 @@ def gmpo_head(
         states,
         linear,
         targets,
+        list(torch.arange(len(parts))),
         [len(part) for part in parts],
-        lambda tile, logps, _: logps @ parts[tile],
+        lambda tile, logps, _: logps @ parts[int(tile)],
     )
 
 
 def two_passes(
     states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int
 ) -> Tensor:
-    from gmpo.policy.head.chunked import token_scores
+    from gmpo.policy.head.chunked import token_logps
     from gmpo.policy.head.lm_head import Head
 
-    return token_scores(states, Head(linear), targets, want_entropy_grad=False)[0] @ weights
+    return token_logps(states, Head(linear), targets, want_entropy_grad=False)[0] @ weights
 
 
 def peer_head(

@@ -1,12 +1,26 @@
-"""The arguments of the trainers: unknown ones are refused with what to use."""
+"""The arguments of the trainers: what is checked of them before any weight is loaded."""
 
 import dataclasses
 import functools
 import inspect
+import os
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gmpo.config import GRPOConfig
+from gmpo.data.loaders import kept_columns
+from gmpo.data.sampler import CollectionSize
 from gmpo.option import advice
+from gmpo.policy.load import load_tokenizer
+from gmpo.reward.sources import FunctionReward
+from gmpo.reward.types import RewardSource
+from gmpo.rollout.prompts.dataset import PromptForm, check_dataset
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 RENAMED = {  # what other trainers, or older ones, call an argument -> its name
     "tokenizer": "processing_class",
@@ -19,23 +33,23 @@ RENAMED = {  # what other trainers, or older ones, call an argument -> its name
 }
 
 
-def known_arguments_only(init: Callable[..., None]) -> Callable[..., None]:
-    """`__init__` of a trainer, with an error for other arguments that says what to use in their place."""
+def known_arguments_only(init: Init) -> Init:
+    """Wrap `__init__` of a trainer: an argument that it does not have raises what to use instead."""
     known = list(inspect.signature(init).parameters)[1:]
 
     @functools.wraps(init)
     def checked(self: Any, *arguments: Any, **keywords: Any) -> None:
         for name in keywords:
             if name not in known:
-                raise TypeError(
-                    f"{type(self).__name__} has no argument {name!r}.{instead_of(name, known, type(self))}"
-                )
+                hint = instead_of(name, known, type(self))
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}.{hint}")
         init(self, *arguments, **keywords)
 
-    return checked
+    return checked  # pyright: ignore[reportReturnType] (functools.wraps loses the signature)
 
 
 def instead_of(name: str, known: list[str], trainer: Any) -> str:
+    """Return a sentence about what to use instead of the argument `name`."""
     options = [field.name for field in dataclasses.fields(trainer.config_class)]
     if name in RENAMED:
         return f" It is called {RENAMED[name]} here."
@@ -51,10 +65,128 @@ def refuse_later_arguments(**arguments: Any) -> None:
             raise ValueError(f"The argument {name} is not available yet. Leave it out.")
 
 
-def check_workers(train_dataset: Any, num_workers: int) -> None:
-    """Raise a ValueError for workers beside an iterable dataset: each of them would read all of it."""
-    if num_workers and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+def checked_model(model: Any) -> str | nn.Module:
+    """Return a model's name or path as text, or the model itself; raise a TypeError for others."""
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    if not isinstance(model, str | nn.Module):
+        raise TypeError(
+            f"model={model!r} ({type(model).__name__}) is neither a name or path nor a model."
+        )
+    return model
+
+
+def checked_args(
+    args: Any, config_class: type[GRPOConfig], model: str | nn.Module, *, trainer: str
+) -> GRPOConfig:
+    """Return the config of a trainer.
+
+    Args:
+        args: None takes the defaults, and the folder "{model}-{algorithm}".
+        config_class: What the trainer needs.
+        trainer: Its name, for messages.
+
+    Raises:
+        TypeError: If `args` is a config of another trainer.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else name_of(model) or "model"
+        return config_class(f"{name.rstrip('/').split('/')[-1]}-{config_class.algorithm.upper()}")
+
+    if not isinstance(args, config_class):
+        why = " Their clip windows don't mean the same." if isinstance(args, GRPOConfig) else ""
+        raise TypeError(
+            f"{trainer} needs a {config_class.__name__}, got a {type(args).__name__}.{why}"
+        )
+
+    if args.clip_window_is_inert and args.algorithm == "gmpo":
+        warnings.warn(
+            "Each collection makes a single optimizer step (steps_per_generation="
+            f"{args.steps_per_generation}, num_iterations={args.num_iterations}, "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}): the policy is still "
+            "the one that sampled, every log-ratio is 0, and GMPO equals GRPO. For GMPO's clip "
+            "window to act, set steps_per_generation to several times gradient_accumulation_steps.",
+            stacklevel=4,  # past the check of the arguments
+        )
+    return args
+
+
+def name_of(model: nn.Module) -> str:
+    """Return the name or path that a model was loaded from, or ""."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+
+
+def tokenizer_of(model: str | nn.Module, args: GRPOConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model given by name, path or object."""
+    name = model if isinstance(model, str) else name_of(model)
+    if not name:
         raise ValueError(
-            f"dataloader_num_workers={num_workers} with an iterable train_dataset: each worker would read all of it. "
-            "Leave dataloader_num_workers at 0, or give a map-style dataset."
+            "The model does not say where its tokenizer is. "
+            "Pass processing_class=AutoTokenizer.from_pretrained(...)."
+        )
+    revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore
+    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
+
+
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, form: PromptForm, args: GRPOConfig
+) -> CollectionSize:
+    """Check presence, form and number of the prompts, and return the sizes of a collection.
+
+    Raises:
+        ValueError: Names the dataset and the row.
+    """
+    check_dataset(train_dataset, form, name="train_dataset")
+    for name, rows in named_datasets(eval_dataset).items():
+        check_dataset(rows, form, name=name)
+
+    collection = CollectionSize(
+        args.num_generations, args.rows_per_collection, args.micro_steps_per_collection
+    )
+    if train_dataset is None:
+        return collection
+    if hasattr(train_dataset, "__len__"):
+        collection.require(len(train_dataset))
+        return collection
+
+    if args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers={args.dataloader_num_workers} with an iterable train_dataset: "
+            "each worker would read all of it. Leave dataloader_num_workers at 0, or give a "
+            "map-style dataset."
+        )
+    if args.zero_signal_groups == "resample":
+        raise ValueError(
+            "zero_signal_groups='resample' draws other prompts, which an iterable train_dataset "
+            "can't give. Use a map-style dataset, or zero_signal_groups='skip'."
+        )
+    return collection
+
+
+def check_reward_columns(sources: list[RewardSource], train_dataset: Any, args: GRPOConfig) -> None:
+    """Raise a ValueError if a reward function needs a column that the training set does not have."""
+    rows = kept_columns(train_dataset, remove_unused=bool(args.remove_unused_columns))
+    columns = getattr(rows, "column_names", None)
+    for source in sources:
+        if columns is not None and isinstance(source, FunctionReward):
+            source.check_columns(columns)
+
+
+def named_datasets(eval_dataset: Any) -> dict[str, Any]:
+    """Return the evaluation sets by the names that messages give them."""
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": rows for name, rows in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}
+
+
+def warn_if_nothing_is_sharded(args: GRPOConfig, *, is_sharded: bool) -> None:
+    """Warn of `fsdp` where accelerate does not shard."""
+    if args.fsdp and not is_sharded:
+        warnings.warn(
+            f"fsdp={args.fsdp!r} does nothing here: accelerate shards among several processes with "
+            f"accelerators, and this is {args.world_size} on {args.device.type}. Each process holds "
+            "the whole model.",
+            stacklevel=4,  # past the check of the arguments
         )

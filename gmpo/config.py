@@ -95,6 +95,9 @@ class GRPOConfig(
         low=0.0,
         high=1.0,
     )
+    output_dir: str = option(
+        "trainer_output", "Folder of the run: checkpoints, metrics, completions."
+    )
     logging_dir: str | None = option(None, "Folder of the trackers' local files (tensorboard).")
 
     algorithm = "grpo"
@@ -231,6 +234,12 @@ class GRPOConfig(
     def prompts_per_collection(self) -> int:
         """Distinct prompts of one collection, over all ranks."""
         return self.generation_batch_size // self.num_generations  # pyright: ignore[reportOptionalOperand]
+
+    @property
+    def rows_per_collection(self) -> int:
+        """Completions of one collection over all ranks."""
+        assert self.generation_batch_size is not None
+        return self.generation_batch_size
 
     @property
     def rows_per_rank(self) -> int:

@@ -1,5 +1,7 @@
-"""Ranks: who we are, sums and gathers over all of them, whole parameters and models out of shards."""
+"""Collectives: who we are, sums and gathers over all ranks, and errors that every rank raises."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,20 +17,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def meeting_device() -> torch.device:
+def collective_device() -> torch.device:
     """Where tensors must lie for the ranks to exchange them."""
     nccl = world_size() > 1 and "nccl" in dist.get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
-def reduced(values: Tensor, operation: str = "sum") -> Tensor:
+def all_reduce(values: Tensor, operation: str = "sum") -> Tensor:
     """`values` summed ("sum"), or their smallest ("min") or largest ("max"), over all ranks.  Every rank must call.
 
     They may lie anywhere, and the result lies there too.
     """
     if world_size() == 1:
         return values
-    result = values.to(meeting_device(), copy=True)
+    result = values.to(collective_device(), copy=True)
     dist.all_reduce(
         result,
         op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[
@@ -38,11 +40,11 @@ def reduced(values: Tensor, operation: str = "sum") -> Tensor:
     return result.to(values.device)
 
 
-def gathered(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """[n_r, ...] of every rank, one after another in rank order; n_r may differ.  Every rank must call."""
     if world_size() == 1:
         return values
-    device = meeting_device()
+    device = collective_device()
     sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor(len(values), device=device))
     longest = max(int(size) for size in sizes)
@@ -55,7 +57,7 @@ def gathered(values: Tensor) -> Tensor:
     )
 
 
-def gathered_objects(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """One picklable object per rank, in rank order, among ranks that trust each other.  Every rank must call."""
     if world_size() == 1:
         return [value]
@@ -64,17 +66,111 @@ def gathered_objects(value: Any) -> list[Any]:
     return values
 
 
+def all_gather_as_objects(values: Tensor) -> Tensor:
+    """Gather tensors of any dtype and length as `all_gather` does, by way of pickled objects."""
+    parts = all_gather_objects(values.cpu())
+    return torch.cat([part.to(values.device) for part in parts])
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on at least one rank.  Every rank must call."""
     if world_size() == 1:
         return flag
-    return bool(reduced(torch.tensor(int(flag)), "max"))
+    return bool(all_reduce(torch.tensor(int(flag)), "max"))
 
 
-def as_many_everywhere(parts: list[Tensor]) -> list[Tensor]:
+def pad_to_max_count(parts: list[Tensor]) -> list[Tensor]:
     """`parts` ([n] each), with empty ones behind them until every rank has as many.  Every rank must call."""
-    most = int(reduced(torch.tensor(len(parts)), "max"))
+    most = int(all_reduce(torch.tensor(len(parts)), "max"))
     return parts + [torch.zeros(0, dtype=torch.int64) for _ in range(most - len(parts))]
 
 
-# -- shards ----------------------------------------------------------------------------------------------------------
+class RankError(RuntimeError):
+    """An error of other ranks, raised on a rank that has none of its own.
+
+    Args:
+        message: Which ranks failed, at what, with which errors.
+        lost: The error may be gone if the work is done again: it is so on every rank that failed.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+@contextmanager
+def raise_on_all_ranks(doing: str) -> Iterator[None]:
+    """Turn an error that some ranks meet within the block into an error of every rank.
+
+    Every rank must enter.  The block itself must hold no collective: a rank that fails before it
+    would leave the others waiting.  Work that does hold collectives goes on after an error, and
+    raises it here at the end (`FirstError`).
+
+    Args:
+        doing: What the block does, for the message: "score the completions".
+
+    Raises:
+        Exception: This rank's own error.  Its `lost`, if it has one, becomes false unless the
+            errors of all ranks that failed are lost, so that all ranks decide alike.
+        RankError: If only other ranks failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+
+    if not any_rank(error is not None):
+        return
+
+    failure = None if error is None else (repr_of(error), getattr(error, "lost", False))
+    failures = {
+        number: found
+        for number, found in enumerate(all_gather_objects(failure))
+        if found is not None
+    }
+    lost = all(was_lost for _, was_lost in failures.values())
+
+    if error is None:
+        told = "; ".join(f"rank {number}: {message}" for number, (message, _) in failures.items())
+        error = RankError(f"Another rank failed to {doing}. {told}", lost=lost)
+    elif hasattr(error, "lost"):
+        error.lost = lost  # pyright: ignore[reportAttributeAccessIssue]
+    error.raised_on_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
+    raise error
+
+
+def is_raised_on_all_ranks(error: BaseException) -> bool:
+    """Return whether every rank is raising, so that collectives may follow."""
+    return world_size() == 1 or getattr(error, "raised_on_all_ranks", False)
+
+
+def repr_of(error: BaseException) -> str:
+    """Return an error's type and message in one line."""
+    return f"{type(error).__name__}: {error}"
+
+
+class FirstError:
+    """Runs steps until one fails, and none after it, where other ranks wait for what comes next."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what the step returns, or None if it or one before it failed."""
+        if self.error is None:
+            try:
+                return step(*arguments)
+            except Exception as error:
+                self.error = error
+        return None
+
+    def note(self, error: Exception) -> None:
+        """Count an error that happened elsewhere."""
+        if self.error is None:
+            self.error = error
+
+    def raise_if_any(self) -> None:
+        """Raise the first error, if there is one."""
+        if self.error is not None:
+            raise self.error

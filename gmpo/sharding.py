@@ -12,18 +12,18 @@ def sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter without its sharding, on every rank.  Every rank must call."""
     if hasattr(tensor, "full_tensor"):
         return tensor.full_tensor().detach()  # pyright: ignore
     if hasattr(tensor, "ds_id"):
-        with whole_parameters([tensor]):
+        with full_parameters([tensor]):
             return tensor.detach().clone()
     return tensor.detach()
 
 
 @contextmanager
-def whole_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
+def full_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Within the block, parameters that ZeRO-3 has sharded are whole on every rank.  Others are left as they are."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
@@ -36,7 +36,7 @@ def whole_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def whole_model(model: nn.Module, *, inner: bool = True) -> Iterator[None]:
+def full_model(model: nn.Module, *, inner: bool = True) -> Iterator[None]:
     """Within the block, forward passes of `model`, or of a part of it, meet no other rank.  Every rank must enter.
 
     ZeRO-3 and FSDP2 shard parameters again after each forward pass; here they stay whole until the end.
@@ -64,7 +64,7 @@ def resharded(model: nn.Module) -> nn.Module:
 @contextmanager
 def _held_whole(parameters: list[Any]) -> Iterator[None]:
     """ZeRO-3's parameters, whole, and held so: it keeps those that it thinks are in use."""
-    with whole_parameters(parameters):
+    with full_parameters(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(HOLDER)
         try:

@@ -69,7 +69,7 @@ class Batch:
     completion_ids: Tensor  # [B, T] int64, 0 on padding
     lengths: Tensor  # [B] int64, completion tokens of each row, trained or not
     mask: Tensor  # [B, T] bool, true where the policy wrote the token and it may be trained on
-    num_written: (
+    num_completion_tokens: (
         Tensor  # [B] int64, tokens the policy wrote: what denominators count, trained on or not
     )
     advantages: Tensor  # [B] float32
@@ -117,7 +117,7 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Scores:
+class TokenLogProbs:
     """What the policy says of the completion tokens of a batch.  Values under the padding are 0."""
 
     logps: Tensor  # [B, T] float32 or wider

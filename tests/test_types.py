@@ -29,7 +29,7 @@ def make_batch():
         completion_ids=torch.zeros(3, 3, dtype=torch.int64),
         lengths=lengths,
         mask=torch.arange(3) < lengths[:, None],
-        num_written=lengths,
+        num_completion_tokens=lengths,
         advantages=torch.zeros(3),
         group=torch.zeros(3, dtype=torch.int64),
         support=TokenSets.padded(ROWS, lengths.tolist(), 3),

@@ -2,7 +2,7 @@
 
 import sys
 
-from gmpo.cli import main
+from gmpo.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

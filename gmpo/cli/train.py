@@ -19,11 +19,11 @@ from gmpo.cli.parse import CONFIGS, ScriptOptions, parse
 from gmpo.config import STAGE_SETTINGS, GRPOConfig
 from gmpo.option import rules_of
 from gmpo.policy.load import check_path, load_tokenizer
-from gmpo.report.completions import or_warn
+from gmpo.report.completions import warn_on_error
 from gmpo.report.plots import training_curves
 from gmpo.report.progress import ProgressLines
 from gmpo.reward.by_name import BUILTIN, FACTORIES, is_reward_spec, load_reward
-from gmpo.reward.reasoning_gym import PREFIX, REWARDS, evaluation_settings
+from gmpo.reward.reasoning_gym import PREFIX, evaluation_settings
 
 USAGE = """\
 usage: gmpo train --config run.yaml [--option value ...]
@@ -82,10 +82,10 @@ def finish(trainer: Any, script: ScriptOptions, config: GRPOConfig) -> None:
     folder = Path(str(config.output_dir))
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        with or_warn("write the model card"):
+        with warn_on_error("write the model card"):
             trainer.create_model_card(dataset_name=script.dataset)
         if (folder / "metrics.jsonl").exists():
-            with or_warn("draw the training curves"):
+            with warn_on_error("draw the training curves"):
                 model, dataset = (
                     Path(str(script.model)).name,
                     Path(str(script.dataset)).name,
@@ -199,11 +199,9 @@ def reward_specs(script: ScriptOptions) -> list[str]:
 
 def resolve_reward(spec: str) -> Any:
     """The function that `spec` names, or `spec` itself where it names a reward model for the trainer to load."""
-    if spec in REWARDS:
-        return REWARDS[spec]
     if not is_reward_spec(spec) and ("/" in spec or os.path.isdir(spec)):
         return spec
-    known = REWARDS.keys() | BUILTIN.keys() | FACTORIES.keys()
+    known = BUILTIN.keys() | FACTORIES.keys()
     close = difflib.get_close_matches(spec, known, n=1)
     if spec.endswith(".py"):
         raise ValueError(f"The reward {spec!r} is a file without a function: write {spec}:NAME.")

@@ -32,7 +32,7 @@ def split_into_micro_batches(group: Tensor, *, rows: int, passes: int, seed: int
     return micro_batches
 
 
-def carrying_together(
+def pack_signal_rows(
     micro_batches: list[Tensor], carrying: Tensor, *, first: int, window: int
 ) -> list[Tensor]:
     """The micro-batches of each optimizer step with their carrying rows moved into as few of them as possible.
@@ -62,6 +62,6 @@ def mixed_seed(*parts: int) -> int:
     return state % 2**63
 
 
-def carries_signal(batch: Batch) -> Tensor:
+def has_signal(batch: Batch) -> Tensor:
     """[B] bool, on the CPU: rows whose policy gradient is not 0."""
     return ((batch.advantages != 0) & batch.mask.any(1)).cpu()

@@ -9,7 +9,7 @@ import torch
 Row = dict[str, Any]
 
 
-class SpareRows:
+class ReplacementPrompts:
     """Rows of a map-style dataset in a seeded order, without those at hand.
 
     Args:

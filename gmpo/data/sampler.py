@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 class Rows:
     """The rows of one rank's share of a collection, each as often as it has completions here."""
 
-    position: int  # micro-step within the collection, from 0; at 0 the collection is made
-    first: int  # index of the first row within the collection over all ranks
+    micro_step: int  # micro-step within the collection, from 0; at 0 the collection is made
+    offset: int  # index of the first row within the collection over all ranks
     rows: list[dict[str, Any]]  # rows of a group are one dict object
     encoded: dict[str, Any] = field(
         default_factory=dict
@@ -28,7 +28,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class CollectionPlan:
+class CollectionSize:
     """The arithmetic of a collection."""
 
     group_size: int  # completions per prompt
@@ -58,16 +58,24 @@ def epoch_order(size: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]
 
 
 class CollectionSampler(Sampler[list[tuple[int, int, int]]]):
-    """Batches of keys (position, first, row index) for `KeyedRows`; prompts that do not fill a collection are left out.
+    """Batches of keys (micro_step, offset, row index) for `KeyedRows`; prompts that do not fill a collection are left out.
 
     Every collection is emitted `micro_steps` times, and each time as one batch per rank, in rank order: what
     `accelerate` hands to the ranks in turn.
     """
 
-    def __init__(self, size: int, plan: CollectionPlan, *, ranks: int, seed: int, shuffle: bool):
-        plan.require(size)
-        self.size, self.plan, self.ranks, self.seed, self.shuffle = size, plan, ranks, seed, shuffle
-        self.batch_size = plan.rows // ranks
+    def __init__(
+        self, size: int, collection: CollectionSize, *, ranks: int, seed: int, shuffle: bool
+    ):
+        collection.require(size)
+        self.size, self.collection, self.ranks, self.seed, self.shuffle = (
+            size,
+            collection,
+            ranks,
+            seed,
+            shuffle,
+        )
+        self.batch_size = collection.rows // ranks
         self.drop_last = True
         self.epoch = 0
 
@@ -75,17 +83,18 @@ class CollectionSampler(Sampler[list[tuple[int, int, int]]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size // self.plan.prompts * self.plan.micro_steps * self.ranks
+        return self.size // self.collection.prompts * self.collection.micro_steps * self.ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         order = epoch_order(self.size, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
-        for start in range(0, self.size - self.plan.prompts + 1, self.plan.prompts):
-            prompts = order[start : start + self.plan.prompts]
-            rows = [index for index in prompts for _ in range(self.plan.group_size)]
-            for position in range(self.plan.micro_steps):
-                for first in range(0, len(rows), self.batch_size):
+        for start in range(0, self.size - self.collection.prompts + 1, self.collection.prompts):
+            prompts = order[start : start + self.collection.prompts]
+            rows = [index for index in prompts for _ in range(self.collection.group_size)]
+            for micro_step in range(self.collection.micro_steps):
+                for offset in range(0, len(rows), self.batch_size):
                     yield [
-                        (position, first, index) for index in rows[first : first + self.batch_size]
+                        (micro_step, offset, index)
+                        for index in rows[offset : offset + self.batch_size]
                     ]
 
 
@@ -102,7 +111,7 @@ class KeyedRows(Dataset):
         self, keys: list[tuple[int, int, int]]
     ) -> list[tuple[int, int, dict[str, Any]]]:
         distinct = {index: dict(self.dataset[index]) for index in {index for _, _, index in keys}}
-        return [(position, first, distinct[index]) for position, first, index in keys]
+        return [(micro_step, offset, distinct[index]) for micro_step, offset, index in keys]
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, int, dict[str, Any]]:
         return self.__getitems__([key])[0]
@@ -111,24 +120,24 @@ class KeyedRows(Dataset):
 class StreamedRows(IterableDataset):
     """An iterable dataset cut into collections: the same items as `KeyedRows` gives, in the same order."""
 
-    def __init__(self, dataset: Any, plan: CollectionPlan, *, ranks: int):
-        self.dataset, self.plan, self.ranks = dataset, plan, ranks
+    def __init__(self, dataset: Any, collection: CollectionSize, *, ranks: int):
+        self.dataset, self.collection, self.ranks = dataset, collection, ranks
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        per_rank = self.plan.rows // self.ranks
+        per_rank = self.collection.rows // self.ranks
         prompts: list[dict[str, Any]] = []
         for row in self.dataset:
             prompts.append(dict(row))
-            if len(prompts) < self.plan.prompts:
+            if len(prompts) < self.collection.prompts:
                 continue
-            rows = [row for row in prompts for _ in range(self.plan.group_size)]
-            for position in range(self.plan.micro_steps):
+            rows = [row for row in prompts for _ in range(self.collection.group_size)]
+            for micro_step in range(self.collection.micro_steps):
                 for number, row in enumerate(rows):
-                    yield position, number // per_rank * per_rank, row
+                    yield micro_step, number // per_rank * per_rank, row
             prompts = []
 
 
@@ -140,26 +149,32 @@ class EvalSampler(Sampler[list[tuple[int, int, int]]]):
     """
 
     def __init__(
-        self, size: int, plan: CollectionPlan, *, rank: int, ranks: int, drop_last: bool = False
+        self,
+        size: int,
+        collection: CollectionSize,
+        *,
+        rank: int,
+        ranks: int,
+        drop_last: bool = False,
     ):
-        self.size = size - size % plan.prompts if drop_last else size
-        self.plan, self.rank, self.ranks = plan, rank, ranks
+        self.size = size - size % collection.prompts if drop_last else size
+        self.collection, self.rank, self.ranks = collection, rank, ranks
 
     def __len__(self) -> int:
-        return -(-self.size // self.plan.prompts)
+        return -(-self.size // self.collection.prompts)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        per_rank = self.plan.rows // self.ranks
-        first = self.rank * per_rank
-        for start in range(0, self.size, self.plan.prompts):
-            prompts = range(start, min(start + self.plan.prompts, self.size))
-            rows = [index for index in prompts for _ in range(self.plan.group_size)]
-            yield [(start, first, index) for index in rows[first : first + per_rank]]
+        per_rank = self.collection.rows // self.ranks
+        offset = self.rank * per_rank
+        for start in range(0, self.size, self.collection.prompts):
+            prompts = range(start, min(start + self.collection.prompts, self.size))
+            rows = [index for index in prompts for _ in range(self.collection.group_size)]
+            yield [(start, offset, index) for index in rows[offset : offset + per_rank]]
 
 
 def as_rows(items: list[tuple[int, int, dict[str, Any]]]) -> Rows:
     """The data loader's collate function."""
     if not items:
-        return Rows(position=0, first=0, rows=[])
-    position, first, _ = items[0]
-    return Rows(position=position, first=first, rows=[row for _, _, row in items])
+        return Rows(micro_step=0, offset=0, rows=[])
+    micro_step, offset, _ = items[0]
+    return Rows(micro_step=micro_step, offset=offset, rows=[row for _, _, row in items])

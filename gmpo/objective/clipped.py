@@ -2,8 +2,9 @@
 
 import math
 
+import torch
+
 from gmpo.objective.aggregate import row_mean
-from gmpo.objective.gmpo import capped
 from gmpo.objective.per_token import charged, log_weights
 from gmpo.objective.types import Surrogate, SurrogateInputs
 
@@ -16,7 +17,7 @@ def clipped(
     delta: float | None = None,
     importance_sampling_level: str = "token",
 ) -> Surrogate:
-    """Cost of a token with weight w = exp(log_weights):
+    """Return the cost of each token, with weight w = exp(log_weights):
 
         loss = -min( min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A )
              = -A min(w, 1 + epsilon_high)               if A >= 0
@@ -29,14 +30,16 @@ def clipped(
 
     Source: arXiv:2402.03300; sequence level: arXiv:2507.18071; delta: INTELLECT-2, arXiv:2505.07291.
     """
-    log_weight = log_weights(x, importance_sampling_level)
-    bounded = capped(
-        log_weight,
-        x.advantages,
-        low=math.log1p(-epsilon) if epsilon < 1 else -math.inf,
-        high=math.log1p(epsilon_high),
-        ceiling=None if delta is None else math.log(delta),
+    log_weight = log_weights(x, importance_sampling_level)  # [B, T]
+
+    # Bound only the side on which the objective would gain; A = 0 takes the upper bound.
+    low = math.log1p(-epsilon) if epsilon < 1 else -math.inf
+    bounded = torch.where(
+        x.advantages >= 0,
+        log_weight.clamp(max=math.log1p(epsilon_high)),
+        log_weight.clamp(min=low, max=None if delta is None else math.log(delta)),
     )
+
     ratio = bounded.exp()
     return Surrogate(
         loss=charged(x, -x.advantages * ratio),

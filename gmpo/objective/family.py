@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from gmpo.objective.aggregate import (
@@ -30,7 +31,18 @@ class Member:
     aggregate: Callable[[Tensor, Tensor, Denominators], Tensor]
 
     @property
+    def depends_on_micro_batches(self) -> bool:
+        """True if the aggregate divides by counts of the micro-batch: found by asking it."""
+        one, mask = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+        counts = Denominators(
+            rows=2, tokens=3, micro_batch_tokens=5, micro_batches=7, max_completion_length=11
+        )
+        other = replace(counts, micro_batch_tokens=6, micro_batches=8)
+        return bool(self.aggregate(one, mask, counts) != self.aggregate(one, mask, other))
+
+    @property
     def options(self) -> tuple[str, ...]:
+        """Names of the options that the surrogate reads."""
         parameters = inspect.signature(self.surrogate).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 

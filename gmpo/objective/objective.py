@@ -31,6 +31,20 @@ class Objective:
     bias_correction: bool  # of the KL
     off_policy_threshold: float | None  # nats per token
     correction: Correction | None
+    top_entropy_quantile: float = 1.0  # share of tokens that get a policy gradient, by entropy
+
+    @property
+    def depends_on_micro_batches(self) -> bool:
+        """True if cutting an optimizer batch into other micro-batches changes its loss."""
+        has_threshold = self.top_entropy_quantile < 1.0  # taken in each micro-batch
+        return has_threshold or self.member.depends_on_micro_batches
+
+    def zero_advantage_is_inert(self, entropy_coef: float) -> bool:
+        """Return whether rows with an advantage of 0 add nothing to the loss and its gradient.
+
+        Every surrogate is a multiple of the advantage; KL and entropy bonus are not.
+        """
+        return self.beta == 0.0 and entropy_coef == 0.0
 
     def loss(
         self,
@@ -131,4 +145,5 @@ def objective_from(settings: ObjectiveSettings, *, algorithm: str) -> Objective:
         bias_correction=settings.use_bias_correction_kl,
         off_policy_threshold=settings.off_policy_mask_threshold,
         correction=correction_from(settings),
+        top_entropy_quantile=settings.top_entropy_quantile,
     )

@@ -18,6 +18,7 @@ from transformers import (
 from gmpo.policy.head.lm_head import cast_head_to_float32
 from gmpo.policy.head.onednn import use_onednn
 from gmpo.policy.settings import PolicySettings
+from gmpo.unwrap import is_adapted
 
 
 def load_policy(
@@ -165,14 +166,6 @@ def _check_model(model: Any, settings: PolicySettings, quantization_config: Any)
             "Pass it where you load the model."
         )
     return model
-
-
-def is_adapted(model: Any) -> bool:
-    """Whether `model` is a PeftModel (without importing peft: a PeftModel can't exist before it is imported)."""
-    return any(
-        kind.__name__ == "PeftModel" and kind.__module__.startswith("peft")
-        for kind in type(model).__mro__
-    )
 
 
 def _add_adapter(policy: nn.Module, peft_config: Any) -> nn.Module:

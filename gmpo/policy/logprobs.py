@@ -1,44 +1,49 @@
-"""Log-probs and losses of a batch: lay it out, run the model around our own head, and take what comes out."""
+"""Log-probs and losses of a batch: lay it out, run the model around our own head, take what comes.
+
+LogProbs.loss                   with gradients, fused with the vocabulary head: what training runs
+LogProbs.compute                with gradients where grad is on, as [B, T] tensors
+LogProbs.compute_without_grad   of all rows, in passes that fit into memory
+"""
 
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.head.chunked import tile_rows, token_scores
-from gmpo.policy.head.fused import fused_loss
+from gmpo.distributed import pad_to_max_count
+from gmpo.policy.head.chunked import tile_rows, token_logps
+from gmpo.policy.head.fused import RowsLoss, fused_loss
 from gmpo.policy.head.lm_head import (
     Head,
     Transform,
-    alone,
     computing_dtype,
+    eval_mode,
     find_head,
     find_transform,
     replaced,
-    undisturbed,
-    unwrapped,
     working_dtype,
 )
 from gmpo.policy.head.logits_shaping import Shaping, shaping_of
 from gmpo.policy.layout.chunks import cut
-from gmpo.policy.layout.layout import Layout, Plan, lay_out, spread
+from gmpo.policy.layout.layout import Layout, Placement, balance, lay_out
 from gmpo.policy.layout.masks import attention_masks
-from gmpo.policy.layout.select import Layouts
+from gmpo.policy.layout.select import LayoutSelector
 from gmpo.policy.moe import is_mixture, load_balancing_loss, recorded_routers
 from gmpo.policy.settings import PolicySettings
-from gmpo.types import Batch, Scores
-
-LossOf = Callable[[Scores, Tensor], Tensor]
+from gmpo.sharding import sharded
+from gmpo.types import Batch, TokenLogProbs
+from gmpo.unwrap import unwrap, without_ddp
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """One forward pass: what the stand-in for the head needs."""
+class _ForwardPass:
+    """What the stand-in for the head needs in one forward pass."""
 
     batch: Batch
     layout: Layout
@@ -47,77 +52,113 @@ class _Run:
     shaping: Shaping | None = None  # [B, T]
 
 
-class Scorer:
-    """Scores batches with any model: the policy, wrapped or not, or the reference.
+class LogProbs:
+    """Log-probs under any model: the policy, wrapped or not, or the reference.
 
-    The model is called as it is given, so that what wraps it (DDP, FSDP, DeepSpeed, autocast) does its work, and its
-    head is replaced meanwhile: it gets hidden states, and gives log-probs or a loss instead of logits.
+    The model is called as it is given, so that what wraps it (DDP, FSDP, DeepSpeed, autocast) does
+    its work.  Its head is replaced meanwhile: it gets hidden states, and gives log-probs or a loss
+    instead of logits.
+
+    Args:
+        settings: Of the policy stage.
+        temperature: Of the distribution that is sampled from.
+        repetition_penalty: Of the distribution that is sampled from; 1 for none.
+        rows_per_pass: Rows of one forward pass of `compute_without_grad`; None for all of them.
     """
 
     def __init__(
-        self, settings: PolicySettings, *, temperature: float = 1.0, repetition_penalty: float = 1.0
+        self,
+        settings: PolicySettings,
+        *,
+        temperature: float = 1.0,
+        repetition_penalty: float = 1.0,
+        rows_per_pass: int | None = None,
     ):
-        self.settings, self.temperature, self.repetition_penalty = (
-            settings,
-            temperature,
-            repetition_penalty,
-        )
-        self._layouts = Layouts(settings)
+        self.settings = settings
+        self.temperature = temperature
+        self.repetition_penalty = repetition_penalty
+        self.rows_per_pass = rows_per_pass
+        self._layouts = LayoutSelector(settings)
         self._transforms: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()
 
-    def scores(self, model: nn.Module, batch: Batch, *, want_entropy_grad: bool = False) -> Scores:
-        """Log-probs and entropies of the trained tokens (`batch.mask`) of all rows; with gradients where grad is on.
+    def compute(
+        self, model: nn.Module, batch: Batch, *, want_entropy_grad: bool = False
+    ) -> TokenLogProbs:
+        """Return log-probs and entropies of the trained tokens (`batch.mask`) of all rows.
 
-        `router_loss` comes with them for mixtures of experts, where grad is on and its coefficient is not 0.
+        They carry gradients where grad is on.  Then `router_loss` comes with them for mixtures of
+        experts, if its coefficient is not 0.
         """
-        run = self._prepare(model, batch)
+        forward = self._prepare(model, batch)
         values, router_loss = _call(
             model,
-            run,
-            lambda hidden: torch.cat(_all_scores(run, hidden, want_entropy_grad)),
-            routed=run.layout.weight if self._routed(model) else None,
+            forward,
+            partial(_stacked_logps, forward, want_entropy_grad=want_entropy_grad),
+            routed=forward.layout.weight if self._wants_router_loss(model) else None,
         )
+
         logps, entropy = values.chunk(2)
         if not want_entropy_grad:
             entropy = entropy.detach()
-        return Scores(_spread(logps, batch.mask), _spread(entropy, batch.mask), router_loss)
+        return TokenLogProbs(scatter(logps, batch.mask), scatter(entropy, batch.mask), router_loss)
+
+    @torch.no_grad()
+    def compute_without_grad(self, model: nn.Module, batch: Batch) -> TokenLogProbs:
+        """Return log-probs and entropies of all rows, [B, T], chunk by chunk.
+
+        The model is in evaluation mode meanwhile.  Every rank must call where it is sharded.
+        """
+        training = model.training
+        model.eval()
+        found = [
+            (rows, self.compute(model, batch.rows(rows))) for rows in self._passes(model, batch)
+        ]
+        model.train(training)
+
+        dtype = found[0][1].logps.dtype if found else torch.float32
+        logps = torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device)
+        entropy = torch.zeros_like(logps)
+        for rows, of_pass in found:
+            width = of_pass.logps.shape[1]
+            logps[rows, :width] = of_pass.logps
+            entropy[rows, :width] = of_pass.entropy
+        return TokenLogProbs(logps=logps, entropy=entropy)
 
     def loss(
         self,
         model: nn.Module,
         batch: Batch,
-        loss_of: LossOf,
+        loss: RowsLoss,
         *,
-        router_of: Callable[[Tensor], Tensor] | None = None,
+        router_weight: float = 0.0,
         want_entropy_grad: bool = True,
     ) -> Tensor:
-        """The sum of what `loss_of` says of the rows of `batch`, a scalar.
+        """Return the sum of `loss` over the rows of `batch`, a scalar.
 
-        Logits are computed once, and never kept: see `fused.py`.
+        Logits are computed once, and never kept: see `head/fused.py`.
 
         Args:
-            loss_of: Gets the scores of some rows, as wide as `batch.rows(rows)`, and `rows`, their indices in `batch`
-                ([b] int64), and gives their share in the loss, a scalar.  Called for every row once, for several rows
-                at a time.
-            router_of: Gets the load-balancing loss of a mixture of experts, and gives its share in the loss.
-            want_entropy_grad: Whether `loss_of` may use the gradient of the entropy.
+            loss: Called once for every row, for several rows at a time.
+            router_weight: Of the load-balancing loss of a mixture of experts.
+            want_entropy_grad: `loss` may use the gradient of the entropy.
         """
-        run = self._prepare(model, batch)
-        routed = run.layout.weight if router_of is not None and self._routed(model) else None
+        forward = self._prepare(model, batch)
+        wants_router_loss = router_weight != 0.0 and self._wants_router_loss(model)
         value, router_loss = _call(
             model,
-            run,
-            lambda hidden: _loss(run, hidden, loss_of, want_entropy_grad)[None],
-            routed=routed,
+            forward,
+            partial(_tiled_loss, forward, loss=loss, want_entropy_grad=want_entropy_grad),
+            routed=forward.layout.weight if wants_router_loss else None,
         )
+
         total = value.squeeze(0)
-        return total if router_loss is None or router_of is None else total + router_of(router_loss)
+        return total if router_loss is None else total + router_weight * router_loss
 
     def chunks(self, batch: Batch, max_tokens: int | None) -> list[Tensor]:
         """Cut `batch` into sets of rows ([b] int64 each), of at most `max_tokens` tokens after layout.
 
-        Whole groups stay together where they fit, and the sets have about the same size.  A single row may be larger
-        than `max_tokens`; it is alone then.
+        Whole groups stay together where they fit, and the sets have about the same size.  A single
+        row that is larger than `max_tokens` is a set of its own.
 
         Args:
             max_tokens: None for all rows at once.
@@ -125,71 +166,91 @@ class Scorer:
         chunks = [list(range(len(batch)))]
         if max_tokens is not None and len(batch):
             chunks = cut(
-                batch, lambda rows: self._layouts.tokens(batch.rows(torch.tensor(rows))), max_tokens
+                batch,
+                lambda rows: self._layouts.tokens(batch.rows(torch.tensor(rows))),
+                max_tokens,
             )
         return [
             torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks
         ]
 
     def tokens(self, batch: Batch) -> int:
-        """Tokens of `batch` after layout."""
+        """Return the number of tokens of `batch` after layout."""
         return self._layouts.tokens(batch)
 
+    def is_routed(self, model: nn.Module) -> bool:
+        """Return whether a load-balancing loss of experts belongs to the loss of `model`."""
+        return self.settings.router_aux_loss_coef > 0 and is_mixture(model)
+
     def state_dict(self) -> dict[str, Any]:
-        """What the check of the layouts found, so that a resumed run lays out its batches as before."""
+        """Return the results of the layout self-check, so that a resumed run uses the same layouts."""
         return self._layouts.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the results of an earlier self-check."""
         self._layouts.load_state_dict(state)
 
-    def _prepare(self, model: nn.Module, batch: Batch) -> _Run:
+    def _wants_router_loss(self, model: nn.Module) -> bool:
+        return torch.is_grad_enabled() and self.is_routed(model)
+
+    def _passes(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """Rows ([b] int64) of each forward pass; as many on every rank where the model is sharded."""
+        max_tokens = self.settings.max_tokens_per_chunk
+        passes = []
+        for rows in torch.arange(len(batch)).split(self.rows_per_pass or max(1, len(batch))):
+            passes += [rows[chunk.cpu()] for chunk in self.chunks(batch.rows(rows), max_tokens)]
+        return pad_to_max_count(passes) if sharded(model) else passes
+
+    def _prepare(self, model: nn.Module, batch: Batch) -> _ForwardPass:
+        """Choose the layout of `batch` and put its tokens in place."""
         transform = self._transform(model, batch.completion_ids.device)
         head = Head(find_head(model))
 
-        def logps_of(rows: Batch, plan: Plan) -> tuple[Tensor, torch.dtype]:
-            run = _Run(rows, lay_out(rows, plan), head, transform)
+        # The layout self-check compares log-probs of a few rows in two layouts.
+        def logps_of(rows: Batch, placement: Placement) -> tuple[Tensor, torch.dtype]:
+            forward = _ForwardPass(rows, lay_out(rows, placement), head, transform)
             dtypes = []
 
             def compute(hidden: Tensor) -> Tensor:
                 dtypes.append(working_dtype(hidden))
-                return _all_scores(run, hidden, False)[0]
+                return _all_logps(forward, hidden, want_entropy_grad=False)[0]
 
-            with undisturbed(model):
-                values, _ = _call(alone(model), run, compute)
-            return _spread(values, rows.mask), dtypes[0]
+            with eval_mode(model):
+                values, _ = _call(without_ddp(model), forward, compute)
+            return scatter(values, rows.mask), dtypes[0]
 
-        plan = self._layouts.plan(model, batch, logps_of, last_token=self._routed(model))
-        return _Run(
-            batch, lay_out(batch, plan), head, transform, shaping_of(batch, self.repetition_penalty)
+        placement = self._layouts.choose(
+            model, batch, logps_of, last_token=self._wants_router_loss(model)
         )
+        shaping = shaping_of(batch, self.repetition_penalty)
+        return _ForwardPass(batch, lay_out(batch, placement), head, transform, shaping)
 
     def _transform(self, model: nn.Module, device: torch.device) -> Transform:
-        causal = unwrapped(model)
+        causal = unwrap(model)
         if causal not in self._transforms:
             self._transforms[causal] = find_transform(model, device, self.temperature)
         return self._transforms[causal]
 
-    def _routed(self, model: nn.Module) -> bool:
-        return (
-            self.settings.router_aux_loss_coef > 0 and torch.is_grad_enabled() and is_mixture(model)
-        )
+
+# -- the forward pass ----------------------------------------------------------------------------
 
 
 def _call(
     model: nn.Module,
-    run: _Run,
+    forward: _ForwardPass,
     compute: Callable[[Tensor], Tensor],
     *,
     routed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Call `model` with `compute` (hidden states [R * L, H] -> [K]) in the place of its head.
 
-    Gradients take the model's own way out, through its `logits`, because wrappers look there for what they must
-    synchronise.  What the model does to logits would change the values, so these go round it: the head gives zeros,
-    which a scale and a soft cap leave as they are, with the gradient of the values.
+    Gradients take the model's own way out, through its `logits`, because wrappers look there for
+    what they must synchronise.  What the model does to logits would change the values, so these go
+    round it: the head gives zeros, which a scale and a soft cap leave as they are, with the
+    gradient of the values.
 
     Args:
-        routed: [R, L] weights of the tokens in the load-balancing loss; None: it is not wanted.
+        routed: [R, L] weights of the tokens in the load-balancing loss; None if it is not wanted.
 
     Returns:
         [K], and the load-balancing loss.
@@ -197,8 +258,8 @@ def _call(
     results: list[Tensor] = []
 
     @torch.compiler.disable  # a compiled model goes on after it
-    def forward(hidden: Tensor) -> Tensor:
-        columns = run.layout.input_ids.shape[1]  # virtual tokens of an adapter come before them
+    def head_forward(hidden: Tensor) -> Tensor:
+        columns = forward.layout.input_ids.shape[1]  # an adapter's virtual tokens come before them
         values = compute(hidden[:, -columns:].flatten(0, 1))
         if routed is not None:
             router_loss = load_balancing_loss(routers, routed.flatten(), _experts_per_token(model))
@@ -207,12 +268,14 @@ def _call(
         results.append(values.detach())
         return _Zeros.apply(values)
 
+    # The head's own forward is patched for the time of this call only; hooks around it still run.
     recording = nullcontext([]) if routed is None else recorded_routers(model)
-    with replaced(run.head.module, cast(Any, forward)), recording as routers:
-        logits = model(**_model_inputs(model, run.layout), use_cache=False).logits
+    with replaced(forward.head.module, cast(Any, head_forward)), recording as routers:
+        logits = model(**_model_inputs(model, forward.layout), use_cache=False).logits
+
     values = results[0]
     if torch.is_grad_enabled():
-        values = values + logits.flatten() / run.transform.slope
+        values = values + logits.flatten() / forward.transform.slope
     return (values, None) if routed is None else (values[:-1], values[-1])
 
 
@@ -229,122 +292,142 @@ class _Zeros(torch.autograd.Function):
 
 
 def _model_inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    causal = unwrapped(model)
+    causal = unwrap(model)
     inputs: dict[str, Any] = {"input_ids": layout.input_ids}
     if "position_ids" in inspect.signature(causal.forward).parameters:
         inputs["position_ids"] = layout.position_ids
     if layout.kind == "padded":
         inputs["attention_mask"] = (layout.tree >= 0).long()
     else:
-        inputs["attention_mask"] = attention_masks(
-            layout, causal.config.get_text_config(), causal.dtype
-        )  # pyright: ignore
+        config = causal.config.get_text_config()  # pyright: ignore
+        inputs["attention_mask"] = attention_masks(layout, config, causal.dtype)  # pyright: ignore
     return inputs
 
 
-def _all_scores(run: _Run, hidden: Tensor, want_entropy_grad: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of all trained tokens, [M] each, in the order of the mask."""
-    picked, targets, shaping = _picked(run, hidden, list(range(len(run.batch))))
-    return token_scores(
+# -- in the place of the head --------------------------------------------------------------------
+
+
+def _all_logps(
+    forward: _ForwardPass, hidden: Tensor, *, want_entropy_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies of all trained tokens, [M] each, in the order of the mask."""
+    picked, targets, shaping = _pick(forward, hidden, list(range(len(forward.batch))))
+    return token_logps(
         picked,
-        run.head,
+        forward.head,
         targets,
-        run.transform,
+        forward.transform,
         shaping=shaping,
         want_entropy_grad=want_entropy_grad,
     )
 
 
-def _loss(run: _Run, hidden: Tensor, loss_of: LossOf, want_entropy_grad: bool) -> Tensor:
-    """The loss of all rows, a scalar: fused where whole rows fit into tiles, else out of their scores."""
-    batch = run.batch
-    fused, others = _tiles(
-        batch.mask.sum(1).tolist(), _capacity(run.head, hidden, want_entropy_grad)
-    )
-    lengths = batch.lengths.tolist()
+def _stacked_logps(forward: _ForwardPass, hidden: Tensor, *, want_entropy_grad: bool) -> Tensor:
+    """Return [2 M]: the log-probs of all trained tokens, then their entropies."""
+    return torch.cat(_all_logps(forward, hidden, want_entropy_grad=want_entropy_grad))
 
-    def share(rows: list[int], logps: Tensor, entropy: Tensor) -> Tensor:
-        index = torch.tensor(rows, device=batch.mask.device)
-        mask = batch.mask[index, : max(1, *(lengths[row] for row in rows))]
-        return loss_of(Scores(_spread(logps, mask), _spread(entropy, mask)), index)
 
+def _tiled_loss(
+    forward: _ForwardPass, hidden: Tensor, *, loss: RowsLoss, want_entropy_grad: bool
+) -> Tensor:
+    """Return the loss of all rows, [1]: fused where whole rows fit into tiles, else of their log-probs."""
+    batch, device = forward.batch, forward.batch.mask.device
+    capacity = _capacity(forward.head, hidden, want_entropy_grad)
+    tiles, others = _tiles(batch.mask.sum(1).tolist(), capacity)
     total = hidden.new_zeros(())
-    if others or not fused:
-        picked, targets, shaping = _picked(run, hidden, others)
-        scores = token_scores(
+
+    # Rows that are too long for a tile, or all of them where fusing saves nothing.
+    if others or not tiles:
+        picked, targets, shaping = _pick(forward, hidden, others)
+        logps, entropy = token_logps(
             picked,
-            run.head,
+            forward.head,
             targets,
-            run.transform,
+            forward.transform,
             shaping=shaping,
             want_entropy_grad=want_entropy_grad,
         )
-        total = share(others, *scores) if others else scores[0].sum()
-    if fused:
-        picked, targets, shaping = _picked(run, hidden, [row for rows in fused for row in rows])
-        sizes = [int(batch.mask[rows].sum()) for rows in fused]
-        assert run.head.linear is not None
+        total = loss(torch.tensor(others, device=device), logps, entropy) if others else logps.sum()
+
+    if tiles:
+        picked, targets, shaping = _pick(forward, hidden, [row for rows in tiles for row in rows])
+        assert forward.head.linear is not None
         total = total + fused_loss(
             picked,
-            run.head.linear,
+            forward.head.linear,
             targets,
-            sizes,
-            lambda tile, *scores: share(fused[tile], *scores),
-            run.transform,
+            [torch.tensor(rows, device=device) for rows in tiles],
+            [int(batch.mask[rows].sum()) for rows in tiles],
+            loss,
+            forward.transform,
             shaping=shaping,
         )
-    return total
+    return total[None]
 
 
 def _capacity(head: Head, hidden: Tensor, want_entropy_grad: bool) -> int:
-    """Tokens of a tile of the fused loss; -1 where computing scores first costs no more."""
+    """Return the tokens of a tile of the fused loss; -1 where computing log-probs first costs no more."""
     if head.linear is None or not torch.is_grad_enabled():
         return -1
     if not head.linear.weight.requires_grad and not want_entropy_grad:
         return -1
-    return tile_rows(head.vocabulary, computing_dtype(hidden, head.linear).itemsize, hidden.device)
+    itemsize = computing_dtype(hidden, head.linear).itemsize
+    return tile_rows(head.vocabulary, itemsize, hidden.device)
 
 
 def _tiles(counts: list[int], capacity: int) -> tuple[list[list[int]], list[int]]:
-    """Rows with `counts` tokens in few tiles of at most `capacity` tokens, and the rows that are too long for one."""
+    """Put rows into few tiles of at most `capacity` tokens.
+
+    Args:
+        counts: Trained tokens of each row.
+
+    Returns:
+        The rows of each tile, and the rows that are too long for one.
+
+    Example:
+        counts [3, 9, 4, 2], capacity 6 -> [[2, 3], [0]] (4 + 2 and 3 tokens) and [1]
+    """
     fitting = [row for row, count in enumerate(counts) if count <= capacity]
     others = [row for row, count in enumerate(counts) if count > capacity]
     sizes = [counts[row] for row in fitting]
+
     for number in range(max(1, -(-sum(sizes) // max(1, capacity))), len(fitting)):
-        tiles = spread(sizes, number)
+        tiles = balance(sizes, number)
         if all(sum(sizes[item] for item in tile) <= capacity for tile in tiles):
             return [[fitting[item] for item in tile] for tile in tiles], others
     return [[row] for row in fitting], others
 
 
-def _picked(run: _Run, hidden: Tensor, rows: list[int]) -> tuple[Tensor, Tensor, Shaping | None]:
-    """Hidden states, targets and shaping of the trained tokens of `rows`, one row after another."""
-    index = torch.tensor(rows, dtype=torch.int64, device=run.batch.mask.device)
-    mask = run.batch.mask[index]
-    shaping = None if run.shaping is None else run.shaping[index][mask]
-    return (
-        hidden.index_select(0, run.layout.source[index][mask]),
-        run.batch.completion_ids[index][mask],
-        shaping,
-    )
+def _pick(
+    forward: _ForwardPass, hidden: Tensor, rows: list[int]
+) -> tuple[Tensor, Tensor, Shaping | None]:
+    """Return hidden states, targets and shaping of the trained tokens of `rows`, one row after another."""
+    batch = forward.batch
+    index = torch.tensor(rows, dtype=torch.int64, device=batch.mask.device)
+    mask = batch.mask[index]
+    shaping = None if forward.shaping is None else forward.shaping[index][mask]
+    states = hidden.index_select(0, forward.layout.source[index][mask])
+    return states, batch.completion_ids[index][mask], shaping
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """[M] values to where `mask` [B, T] is true, 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
-        mask, values
-    )
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Put [M] values where `mask` [B, T] is true, row by row; 0 elsewhere.
+
+    Example:
+        values [1, 2, 3], mask [[1, 0], [1, 1]] -> [[1, 0], [2, 3]]
+    """
+    zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(mask, values)
 
 
 def _check_router_gradient(model: nn.Module, router_loss: Tensor) -> None:
-    if not router_loss.requires_grad and getattr(
-        unwrapped(model), "is_gradient_checkpointing", False
-    ):
+    if not router_loss.requires_grad and getattr(unwrap(model), "is_gradient_checkpointing", False):
         raise ValueError(
-            "router_aux_loss_coef > 0 has no effect under reentrant checkpointing, which hides the routers' gradients. "
-            "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0."
+            "router_aux_loss_coef > 0 has no effect under reentrant checkpointing, which hides the "
+            "routers' gradients. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or "
+            "router_aux_loss_coef=0."
         )
 
 
 def _experts_per_token(model: nn.Module) -> int:
-    return unwrapped(model).config.get_text_config().num_experts_per_tok  # pyright: ignore
+    return unwrap(model).config.get_text_config().num_experts_per_tok  # pyright: ignore

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.head.lm_head import unwrapped
+from gmpo.unwrap import unwrap
 
 
 def is_mixture(model: nn.Module) -> bool:
     """Whether `model` has experts whose load can be balanced."""
-    config = unwrapped(model).config.get_text_config()  # pyright: ignore
+    config = unwrap(model).config.get_text_config()  # pyright: ignore
     return hasattr(config, "output_router_logits")
 
 
@@ -24,14 +24,14 @@ def recorded_routers(model: nn.Module) -> Iterator[list[Tensor]]:
     holds rows and columns only.
     """
     recorders = (
-        getattr(module, "_can_record_outputs", None) or {} for module in unwrapped(model).modules()
+        getattr(module, "_can_record_outputs", None) or {} for module in unwrap(model).modules()
     )
     recorder: Any = next(
         (dict(found)["router_logits"] for found in recorders if "router_logits" in found), None
     )  # pyright: ignore
     if recorder is None:
         raise ValueError(
-            f"{type(unwrapped(model)).__name__} does not say where its router logits come from, which "
+            f"{type(unwrap(model)).__name__} does not say where its router logits come from, which "
             "router_aux_loss_coef needs. Set router_aux_loss_coef=0."
         )
     kind, index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
@@ -41,7 +41,7 @@ def recorded_routers(model: nn.Module) -> Iterator[list[Tensor]]:
         logits.append(output[index] if isinstance(output, tuple) else output)
 
     handles = [
-        m.register_forward_hook(record) for m in unwrapped(model).modules() if isinstance(m, kind)
+        m.register_forward_hook(record) for m in unwrap(model).modules() if isinstance(m, kind)
     ]
     try:
         yield logits

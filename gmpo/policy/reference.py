@@ -8,15 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.head.lm_head import unwrapped
-from gmpo.policy.load import is_adapted
-from gmpo.sharding import WRAPPERS, resharded, whole, whole_parameters
+from gmpo.sharding import WRAPPERS, full_parameters, full_tensor, resharded
+from gmpo.unwrap import find_adapter, is_adapted, unwrap
 
 
 class Reference(Protocol):
     """Gives the module whose log-probs are the reference's."""
 
-    def scoring(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+    def active(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         """Within the block, the module to score with.  `policy` is the policy as it runs, wrapped or not."""
         ...
 
@@ -42,18 +41,18 @@ class FrozenCopy:
     def __init__(self, policy: nn.Module):
         loaded_in_shards = [p for p in policy.parameters() if hasattr(p, "ds_id")]
         memo: dict[int, Any] = {
-            id(p): nn.Parameter(whole(p).cpu(), requires_grad=False) for p in loaded_in_shards
+            id(p): nn.Parameter(full_tensor(p).cpu(), requires_grad=False) for p in loaded_in_shards
         }
         self.model: Any = copy.deepcopy(policy, memo).eval().requires_grad_(False)
 
     @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self.model
 
     def pairs(self, policy: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         """(name, the reference's tensor, the policy's) of every parameter."""
         mine, theirs = (
-            named_parameters(unwrapped(resharded(model))) for model in (self.model, policy)
+            named_parameters(unwrap(resharded(model))) for model in (self.model, policy)
         )
         return [(name, tensor, theirs[name]) for name, tensor in mine.items()]
 
@@ -92,9 +91,9 @@ class BaseOfAdapter:
     """The policy with its adapters off."""
 
     @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
         # PEFT marks what is trained on the parameters that it finds: on FSDP2's shards, not on what a pass made whole
-        with find_adapted(resharded(policy)).disable_adapter():  # pyright: ignore
+        with find_adapter(resharded(policy)).disable_adapter():  # pyright: ignore
             try:
                 yield policy
             finally:
@@ -106,13 +105,13 @@ class AdapterCopy:
 
     def __init__(self, policy: nn.Module):
         self.tensors = {
-            name: whole(p).clone()
-            for name, p in find_adapted(policy).named_parameters()
+            name: full_tensor(p).clone()
+            for name, p in find_adapter(policy).named_parameters()
             if p.requires_grad
         }
 
     @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
         self._swap(policy)
         try:
             yield policy
@@ -120,7 +119,7 @@ class AdapterCopy:
             self._swap(policy)
 
     def pairs(self, policy: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-        trained = named_parameters(find_adapted(resharded(policy)))
+        trained = named_parameters(find_adapter(resharded(policy)))
         self.tensors = {
             name: _sharded_like(trained[name], tensor) for name, tensor in self.tensors.items()
         }
@@ -141,14 +140,6 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ".".join(part for part in name.split(".") if part not in WRAPPERS): parameter
         for name, parameter in model.named_parameters()
     }
-
-
-def find_adapted(model: nn.Module) -> nn.Module:
-    """The PeftModel inside of what wraps it."""
-    for module in model.modules():
-        if is_adapted(module):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no adapter.")
 
 
 class ReferenceSync:
@@ -173,21 +164,23 @@ class ReferenceSync:
     def state_dict(self) -> dict[str, Tensor]:
         """The reference's tensors by name, on the CPU."""
         if isinstance(self.reference, AdapterCopy):
-            return {name: whole(tensor).cpu() for name, tensor in self.reference.tensors.items()}
-        parameters = unwrapped(resharded(self.reference.model)).named_parameters()
-        return {name: whole(parameter).cpu().clone() for name, parameter in parameters}
+            return {
+                name: full_tensor(tensor).cpu() for name, tensor in self.reference.tensors.items()
+            }
+        parameters = unwrap(resharded(self.reference.model)).named_parameters()
+        return {name: full_tensor(parameter).cpu().clone() for name, parameter in parameters}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if isinstance(self.reference, AdapterCopy):
             self.reference.tensors = {name: tensor.clone() for name, tensor in state.items()}
             return
         with torch.no_grad():
-            for name, parameter in unwrapped(resharded(self.reference.model)).named_parameters():
+            for name, parameter in unwrap(resharded(self.reference.model)).named_parameters():
                 _load(parameter, state[name])
 
 
 def _move(mine: Tensor, theirs: Tensor, alpha: float) -> None:
-    with _changing(mine), whole_parameters([theirs]):
+    with _changing(mine), full_parameters([theirs]):
         mine.lerp_(theirs.detach().to(mine.dtype), alpha)
 
 

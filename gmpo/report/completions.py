@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gmpo.distributed import gathered_objects, rank
+from gmpo.distributed import all_gather_objects, rank
 from gmpo.report.parquet import as_column, as_text, write_parquet
 from gmpo.report.settings import ReportSettings
 from gmpo.report.tables import TRACKERS, print_table
@@ -26,7 +26,7 @@ OWN_COLUMNS = ("step", "mode", "prompt", "completion", "advantage")
 
 
 @dataclass(slots=True)
-class ScoredCompletions:
+class CompletionRecords:
     """Completions of one collection with their scores, in plain values: N of each."""
 
     prompts: list[str | Messages]
@@ -86,7 +86,7 @@ class CompletionLog:
         A run that starts anew (step 0) moves the files of an earlier one to `completions.old`.
         """
         if rank() == 0 and self.folder.exists() and self.settings.log_completions:
-            with or_warn(f"tidy up {self.folder}"):
+            with warn_on_error(f"tidy up {self.folder}"):
                 later = [file for file in self.folder.glob("*_*.parquet") if step_of(file) > step]
                 if step == 0 and later:
                     aside = self.folder.with_name(FOLDER + ".old")
@@ -96,10 +96,10 @@ class CompletionLog:
                 for file in later:
                     file.unlink()
 
-    def add(self, scored: ScoredCompletions, *, step: int, mode: str = "train") -> None:
+    def add(self, scored: CompletionRecords, *, step: int, mode: str = "train") -> None:
         """Keep completions of this rank, sampled after `step` optimizer steps, until the next `write`."""
         if self.settings.log_completions:
-            with or_warn("keep the completions for the log"):
+            with warn_on_error("keep the completions for the log"):
                 rows = [{"step": step, "mode": mode, **record} for record in scored.records()]
                 self._pending.setdefault(mode, []).extend(rows)
 
@@ -111,23 +111,25 @@ class CompletionLog:
         """
         if not self.settings.log_completions:
             return
-        rows = [row for part in gathered_objects(self._pending.pop(mode, [])) for row in part]
+        rows = [row for part in all_gather_objects(self._pending.pop(mode, [])) for row in part]
         if rank() != 0 or not rows:
             return
         label = label or mode
-        with or_warn("write the completions"), self._hub_lock():
+        with warn_on_error("write the completions"), self._hub_lock():
             write_parquet(rows, self.folder / f"{label}_{step:06d}.parquet")
-        with or_warn("print the completions"):
+        with warn_on_error("print the completions"):
             self._print(rows, title=f"{label}, step {step}")
         shown = first_of_each_prompt(rows) if self.settings.log_unique_prompts else rows
         for name in TRACKERS.keys() & set(self.trackers):
-            with or_warn(f"send the completions to {name}"):
+            with warn_on_error(f"send the completions to {name}"):
                 TRACKERS[name](shown, step, label, self.callbacks())
 
     def close(self) -> None:
         """Send what the hub has not got yet."""
         if self._uploads is not None:
-            with or_warn(f"upload the completions to {self.settings.log_completions_hub_repo}"):
+            with warn_on_error(
+                f"upload the completions to {self.settings.log_completions_hub_repo}"
+            ):
                 self._uploads.trigger().result()
                 self._uploads.stop()
             self._uploads = None
@@ -144,7 +146,7 @@ class CompletionLog:
         """Held while a file is written, so that the hub never gets half of one."""
         repo = self.settings.log_completions_hub_repo
         if repo is not None and self._uploads is None:
-            with or_warn(f"upload the completions to {repo}"):
+            with warn_on_error(f"upload the completions to {repo}"):
                 from huggingface_hub import CommitScheduler
 
                 self._uploads = CommitScheduler(
@@ -166,7 +168,7 @@ class CompletionLog:
 
 
 @contextmanager
-def or_warn(what: str) -> Iterator[None]:
+def warn_on_error(what: str) -> Iterator[None]:
     """Turn a failure within the block into a warning."""
     try:
         yield

@@ -8,15 +8,15 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gmpo.distributed import gathered_objects, meeting_device, reduced, world_size
-from gmpo.types import Statistics
+from gmpo.distributed import all_gather_objects, all_reduce, collective_device, world_size
+from gmpo.types import Rollout, Statistics
 
 Mode = Literal["train", "eval"]
 KINDS = ("means", "minima", "maxima")
@@ -72,7 +72,7 @@ class Metrics:
     @staticmethod
     def _shared_names(local: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
         """A rank may lack names that another one has (no row of a source, no counted token): agree on the union."""
-        everywhere = gathered_objects({kind: list(local[kind]) for kind in KINDS})
+        everywhere = all_gather_objects({kind: list(local[kind]) for kind in KINDS})
         return {kind: sorted_union(*(names[kind] for names in everywhere)) for kind in KINDS}
 
     @staticmethod
@@ -82,9 +82,9 @@ class Metrics:
         )
         lowest = packed([local["minima"].get(name, math.inf) for name in names["minima"]])
         highest = packed([local["maxima"].get(name, -math.inf) for name in names["maxima"]])
-        totals = reduced(sums).view(-1, 2).tolist() if names["means"] else []
-        lowest = reduced(lowest, "min").tolist() if names["minima"] else []
-        highest = reduced(highest, "max").tolist() if names["maxima"] else []
+        totals = all_reduce(sums).view(-1, 2).tolist() if names["means"] else []
+        lowest = all_reduce(lowest, "min").tolist() if names["minima"] else []
+        highest = all_reduce(highest, "max").tolist() if names["maxima"] else []
         means = zip(names["means"], totals, strict=True)
         return {
             **{name: total / count for name, (total, count) in means if count != 0},
@@ -102,7 +102,7 @@ class Metrics:
 
 
 def packed(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=meeting_device())
+    return torch.tensor(values, dtype=torch.float64, device=collective_device())
 
 
 def widened(statistics: Statistics) -> Statistics:
@@ -229,3 +229,20 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def rollout_statistics(rollouts: Sequence[Rollout]) -> Statistics:
+    """Lengths in tokens that the policy wrote, and the share that the token budget cut off.
+
+    "Terminated" completions are those that ended by themselves, by an end token or a stop string.
+    """
+    lengths = [len(r.ids) if r.trained is None else sum(r.trained) for r in rollouts]
+    terminated = [length for length, r in zip(lengths, rollouts, strict=True) if not r.truncated]
+    statistics = Statistics(
+        means={"completions/clipped_ratio": (len(lengths) - len(terminated), len(lengths))}
+    )
+    for kind, values in (("length", lengths), ("terminated_length", terminated)):
+        statistics.means[f"completions/mean_{kind}"] = (sum(values), len(values))
+        statistics.minima[f"completions/min_{kind}"] = float(min(values, default=float("inf")))
+        statistics.maxima[f"completions/max_{kind}"] = float(max(values, default=float("-inf")))
+    return statistics

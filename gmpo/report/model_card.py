@@ -223,3 +223,18 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def write_model_card(folder: str, *, model_name: str | None, **facts: Any) -> None:
+    """Write `model_card` to README.md in `folder`.
+
+    Args:
+        folder: Of the run; made if it is missing.
+        model_name: None takes the folder's name.
+        facts: What else `model_card` takes.
+    """
+    folder = os.path.abspath(folder)
+    text = model_card(model_name=model_name or os.path.basename(folder), **facts)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+        file.write(text)

@@ -47,12 +47,12 @@ def dialogue(text: str) -> str:
     """Messages in JSON as `role: content` lines; any other text as it is."""
     try:
         messages = json.loads(text)
-        return "\n".join(spoken(message) for message in messages)
+        return "\n".join(message_text(message) for message in messages)
     except (ValueError, KeyError, AttributeError):
         return text
 
 
-def spoken(message: dict[str, Any]) -> str:
+def message_text(message: dict[str, Any]) -> str:
     """A message as one line: who, what, and which tools are called."""
     content = message.get("content") or ""
     content = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gmpo.reward.math_judge import shared_judge
-from gmpo.reward.text import Completion, completion_text, final_number, gold_answers, spoken
+from gmpo.reward.text import Completion, answer_text, completion_text, final_number, gold_answers
 
 RewardFunction = Callable[..., Any]
 
@@ -40,7 +40,7 @@ def accuracy(
     golds = gold_answers("accuracy", answer, solution)
     verdict = shared_judge().verdict
     return [
-        None if gold is None else _as_reward(verdict(gold, spoken(completion)))
+        None if gold is None else _as_reward(verdict(gold, answer_text(completion)))
         for gold, completion in zip(golds, completions, strict=True)
     ]
 
@@ -64,7 +64,7 @@ def number_match(
         for gold in gold_answers("number_match", answer, solution)
     ]
     return [
-        None if gold is None else float(final_number(spoken(completion)) == gold)
+        None if gold is None else float(final_number(answer_text(completion)) == gold)
         for gold, completion in zip(golds, completions, strict=True)
     ]
 

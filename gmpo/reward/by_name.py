@@ -22,12 +22,15 @@ from gmpo.reward.builtin import (
     think_format,
 )
 from gmpo.reward.math_judge import require_math_verify
+from gmpo.reward.reasoning_gym import bare_number, reasoning_gym, require_reasoning_gym
 
 BUILTIN: dict[str, RewardFunction] = {
     "accuracy": accuracy,
     "number_match": number_match,
     "think_format": think_format,
     "repetition_penalty": repetition_penalty(),
+    "reasoning_gym": reasoning_gym,
+    "bare_number": bare_number,
 }
 
 
@@ -37,7 +40,10 @@ FACTORIES: dict[str, Callable[..., RewardFunction]] = {
 }
 
 
-_REQUIREMENTS: dict[str, Callable[[], None]] = {"accuracy": require_math_verify}
+_REQUIREMENTS: dict[str, Callable[[], None]] = {
+    "accuracy": require_math_verify,
+    "reasoning_gym": require_reasoning_gym,
+}
 
 
 def is_reward_spec(text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gmpo.reward.text import Completion, completion_text, spoken
+from gmpo.reward.text import Completion, answer_text, completion_text
 
 logger = logging.get_logger(__name__)
 
@@ -101,7 +101,7 @@ def reasoning_gym(
     """
     rows = zip(completions, answer, task, task_settings, task_index, strict=True)
     return [
-        verified(spoken(text), gold, entries_of(name, settings), i)
+        verified(answer_text(text), gold, entries_of(name, settings), i)
         for text, gold, name, settings, i in rows
     ]
 
@@ -159,6 +159,3 @@ def bare_number(completions: Sequence[Completion]) -> list[float]:
 
 def is_number(text: str) -> bool:
     return NUMBER.fullmatch(text) is not None
-
-
-REWARDS = {"reasoning_gym": reasoning_gym, "bare_number": bare_number}

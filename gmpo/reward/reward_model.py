@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from gmpo.sharding import whole_parameters
+from gmpo.sharding import full_parameters
 from gmpo.types import Rollout
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _ORIGIN = (
 
 
 @dataclass(frozen=True, slots=True)
-class ModelOptions:
+class RewardModelSettings:
     """How reward models are loaded and run."""
 
     init_kwargs: Mapping[str, Any] | None = (
@@ -54,7 +54,7 @@ class ModelReward:
     name: str
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    options: ModelOptions = field(default_factory=ModelOptions)
+    options: RewardModelSettings = field(default_factory=RewardModelSettings)
     asynchronous: bool = field(default=False, init=False)
     _pad_id: int = field(init=False)
     _max_length: int | None = field(init=False)
@@ -87,7 +87,7 @@ class ModelReward:
             rows = [self._cut(row, i, call) for i, row in enumerate(rows)]
         scores = [0.0] * len(rows)
         self.model.eval()
-        with whole_parameters(self.model.parameters()):
+        with full_parameters(self.model.parameters()):
             for batch in batches_by_length(
                 [len(row) for row in rows], self.options.tokens_per_batch
             ):
@@ -148,7 +148,7 @@ class ModelReward:
         return output.logits[:, 0].float()
 
 
-def load_model_reward(name: str, tokenizer: Any, options: ModelOptions) -> ModelReward:
+def load_model_reward(name: str, tokenizer: Any, options: RewardModelSettings) -> ModelReward:
     """The reward model at the path or hub id `name`; its own tokenizer where `tokenizer` is None.
 
     Raises:
@@ -170,7 +170,7 @@ def load_model_reward(name: str, tokenizer: Any, options: ModelOptions) -> Model
     return model_reward(model, tokenizer, options)
 
 
-def model_reward(model: nn.Module, tokenizer: Any, options: ModelOptions) -> ModelReward:
+def model_reward(model: nn.Module, tokenizer: Any, options: RewardModelSettings) -> ModelReward:
     """`model` as a source; its own tokenizer, from where the model came, where `tokenizer` is None."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_labels"):
@@ -217,7 +217,7 @@ def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator
         order = order[size:]
 
 
-def _own_tokenizer(origin: str, name: str, options: ModelOptions) -> Any:
+def _own_tokenizer(origin: str, name: str, options: RewardModelSettings) -> Any:
     if not origin:
         raise ValueError(
             f"Reward model {name!r} does not say where its tokenizer is. Pass it in reward_processing_classes."

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from gmpo.reward.by_name import is_reward_spec, load_reward
-from gmpo.reward.reward_model import ModelOptions, load_model_reward, model_reward
+from gmpo.reward.reward_model import RewardModelSettings, load_model_reward, model_reward
 from gmpo.reward.settings import RewardSettings, check_weights
 from gmpo.reward.types import RewardCall, RewardSource
 
@@ -68,7 +68,7 @@ def build_sources(
     reward_processing_classes: Any = None,
     *,
     settings: RewardSettings | None = None,
-    model_options: ModelOptions | None = None,
+    model_settings: RewardModelSettings | None = None,
 ) -> list[RewardSource]:
     """The sources behind what a user gave as rewards.  The user's list stays as it is.
 
@@ -77,7 +77,7 @@ def build_sources(
             its path or hub id; a built-in name or another specification that `load_reward` reads; a `RewardSource`.
         reward_processing_classes: The tokenizers of the reward models, one per reward (None: the model's own).
         settings: `reward_weights` must be as many as the sources.
-        model_options: How models given by name are loaded, and all models run.
+        model_settings: How models given by name are loaded, and all models run.
 
     Raises:
         ValueError: For no reward at all, a wrong type, a path that does not exist, or lists that do not match.
@@ -99,7 +99,7 @@ def build_sources(
         _builder(reward, tokenizer) for reward, tokenizer in zip(rewards, tokenizers, strict=True)
     ]
     # Everything has been looked at by now: no model is loaded only for the next item to be refused.
-    sources = [build(model_options or ModelOptions()) for build in builders]
+    sources = [build(model_settings or RewardModelSettings()) for build in builders]
     for source, name in zip(
         sources, distinct_names([source.name for source in sources]), strict=True
     ):
@@ -140,7 +140,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _builder(reward: Any, tokenizer: Any) -> Callable[[ModelOptions], Any]:
+def _builder(reward: Any, tokenizer: Any) -> Callable[[RewardModelSettings], Any]:
     """What makes a source of `reward`, once models may be loaded."""
     if isinstance(reward, str | os.PathLike):
         spec = os.fspath(reward)
@@ -164,7 +164,9 @@ def _builder(reward: Any, tokenizer: Any) -> Callable[[ModelOptions], Any]:
     )
 
 
-def _function_builder(function: Callable[..., Any]) -> Callable[[ModelOptions], FunctionReward]:
+def _function_builder(
+    function: Callable[..., Any],
+) -> Callable[[RewardModelSettings], FunctionReward]:
     source = FunctionReward(function)
     return lambda options: source
 

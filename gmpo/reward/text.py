@@ -28,7 +28,7 @@ def completion_text(completion: Completion) -> str:
     return "".join(block.get("text", "") for block in content if block.get("type") == "text")
 
 
-def spoken(completion: Completion) -> str:
+def answer_text(completion: Completion) -> str:
     """What a completion says after it has thought: all of it without <think>; "" while it still thinks."""
     text = completion_text(completion)
     still_thinking = "<think>" in text and "</think>" not in text

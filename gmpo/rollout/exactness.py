@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmpo.rollout.generation_mode import Autocast, generating, without_adapter_shell
-from gmpo.rollout.vllm.errors import FirstFailure, VllmFault, raise_together
+from gmpo.distributed import raise_on_all_ranks
+from gmpo.rollout.generation_mode import Autocast, generating
+from gmpo.rollout.vllm.errors import VllmError
+from gmpo.unwrap import without_adapter
 
 Score = Callable[[list[int]], list[float]]
 
@@ -57,14 +59,13 @@ class ExactnessCheck:
             VllmFault: On every rank, if a distance is beyond the tolerance, or NaN.
         """
         mine = self.trainer_logps()
-        first = FirstFailure()
-        distances = [first.run(self._distance, score, mine, engine_dtype) for score in scores]
-        raise_together(first.error, "check the published weights")
+        with raise_on_all_ranks("check the published weights"):
+            distances = [self._distance(score, mine, engine_dtype) for score in scores]
         return max(distances, default=0.0)
 
     def trainer_logps(self) -> Tensor:
         """[len(ids) - 1] float32, on the CPU."""
-        model = without_adapter_shell(self.policy())
+        model = without_adapter(self.policy())
         ids = torch.tensor([self.ids], device=model.device)
         with generating(self.policy(), autocast=self.autocast, gather=False):
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
@@ -77,7 +78,7 @@ class ExactnessCheck:
         if tolerance is None:
             tolerance = max(TOLERANCE.get(dtype, HALF_TOLERANCE) for dtype in dtypes)
         if not distance <= tolerance:
-            raise VllmFault(
+            raise VllmError(
                 f"After the weights were published, vLLM's log-probs of a fixed text are {distance:.3g} nats from the "
                 f"trainer's on average, more than {tolerance:g}: vLLM does not compute what is trained. If this "
                 "model's implementations differ that much by nature, set vllm_publication_tolerance."
@@ -87,7 +88,7 @@ class ExactnessCheck:
 
 def computing_dtype(policy: Any, autocast: Autocast | None) -> torch.dtype:
     """What the trainer's matrix products are computed in."""
-    model = without_adapter_shell(policy)
+    model = without_adapter(policy)
     device = model.device.type
     with (autocast or nullcontext)():
         return (

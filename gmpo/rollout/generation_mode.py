@@ -7,26 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from gmpo.sharding import whole_model
+from gmpo.sharding import full_model
 
 Autocast = Callable[[], AbstractContextManager[Any]]
-
-
-def prompt_learning(model: Any) -> bool:
-    """Whether an adapter puts virtual tokens in front of every prompt, which only PEFT's own `generate` does."""
-    adapters = getattr(model, "peft_config", None) if hasattr(model, "get_base_model") else None
-    return any(
-        getattr(adapter, "is_prompt_learning", False) for adapter in (adapters or {}).values()
-    )
-
-
-def without_adapter_shell(model: Any) -> Any:
-    """The transformers model inside of a PEFT model, where its adapters act without the shell, or the model itself."""
-    return (
-        model.get_base_model()
-        if hasattr(model, "get_base_model") and not prompt_learning(model)
-        else model
-    )
 
 
 @contextmanager
@@ -46,7 +29,7 @@ def generating(
         for m in (model, model.get_base_model() if hasattr(model, "get_base_model") else model)
     }.values()
     defaults = [owner.generation_config for owner in owners]  # PEFT keeps a second one
-    with torch.no_grad(), whole_model(model, inner=gather), (autocast or nullcontext)():
+    with torch.no_grad(), full_model(model, inner=gather), (autocast or nullcontext)():
         try:
             model.eval()  # also switches gradient checkpointing off, which transformers does in training mode only
             for owner in owners:

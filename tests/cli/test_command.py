@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import gmpo
-from gmpo import cli
+from gmpo.cli import main as cli
 
 
 def python(*arguments):
@@ -17,7 +17,7 @@ def python(*arguments):
 def test_nothing_heavy_is_imported_before_a_command_runs(arguments):
     code = f"""
 import sys
-from gmpo.cli import main
+from gmpo.cli.main import main
 try:
     main({arguments})
 except SystemExit:

@@ -6,7 +6,8 @@ import pytest
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import gmpo
-from gmpo.cli import main, train
+from gmpo.cli import train
+from gmpo.cli.main import main
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.report.progress import ProgressLines
 from gmpo.reward.by_name import BUILTIN

@@ -2,7 +2,7 @@
 
 import torch
 
-from gmpo.data.micro_batches import carrying_together, mixed_seed, split_into_micro_batches
+from gmpo.data.micro_batches import mixed_seed, pack_signal_rows, split_into_micro_batches
 
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
 
@@ -43,6 +43,6 @@ def test_mixed_seeds_do_not_collide_on_small_numbers():
 def test_carrying_rows_of_an_optimizer_step_come_together():
     micro_batches = [torch.tensor(rows) for rows in ([4, 5], [0, 1], [2, 3], [6, 7], [1, 0])]
     carrying = torch.tensor([True, True, False, False, False, True, True, True])
-    found = carrying_together(micro_batches, carrying, first=2, window=2)
+    found = pack_signal_rows(micro_batches, carrying, first=2, window=2)
     # the first step has 4, 5, 0, 1 of which 4 is silent; the second 2, 3, 6, 7; the third one micro-batch alone
     assert [rows.tolist() for rows in found] == [[5, 0], [1, 4], [6, 7], [2, 3], [1, 0]]

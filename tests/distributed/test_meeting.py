@@ -10,7 +10,7 @@ class Met(Exception):
     pass
 
 
-@pytest.mark.parametrize("call", [distributed.reduced, distributed.gathered])
+@pytest.mark.parametrize("call", [distributed.all_reduce, distributed.all_gather])
 def test_what_ranks_exchange_lies_where_they_meet(monkeypatch, call):
     def meet(*tensors, **options):
         raise Met({tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)})

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gmpo import distributed
-from gmpo.sharding import whole_model
+from gmpo.sharding import full_model
 from tests.distributed.runs import assert_same_training, marked, result_of, trainer, with_two_ranks
 from tests.tiny import tiny_model
 
@@ -42,7 +42,7 @@ def everything(folder, options):
 def forward_passes_alone(run):
     """Logits of some tokens, in a block in which each rank makes another number of forward passes."""
     policy = run.unwrapped_policy()
-    with torch.no_grad(), whole_model(policy):
+    with torch.no_grad(), full_model(policy):
         for _ in range(1 + 3 * distributed.rank()):
             logits = policy(input_ids=torch.arange(8)[None]).logits
     return logits

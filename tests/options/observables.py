@@ -139,7 +139,7 @@ def optimizer(run: Run) -> Any:
 
 
 def engine(run: Run) -> Any:
-    return type(run.trainer.engine).__name__
+    return type(run.trainer.stages.engine).__name__
 
 
 def loader(name: str) -> Any:

@@ -156,7 +156,7 @@ def mixture() -> MixtralForCausalLM:
 @contextlib.contextmanager
 def drifted_sampler(trainer: Any) -> Iterator[None]:
     """The engine reports log-probs that are off by up to a nat, as an engine of its own arithmetic might."""
-    engine, noise = trainer.engine, torch.Generator().manual_seed(0)
+    engine, noise = trainer.stages.engine, torch.Generator().manual_seed(0)
     plain = engine.generate
 
     def generate(requests, sampling):
@@ -313,7 +313,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def recorded(trainer: Any, result: Run) -> Iterator[None]:
     """Keep the collections, and what the model is called with."""
-    report = trainer._report
+    report = trainer.stages.report
 
     def reporting(collection, *args, **keywords):
         result.collections.append(collection)
@@ -323,7 +323,7 @@ def recorded(trainer: Any, result: Run) -> Iterator[None]:
         shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in keywords.items()}
         result.forwards.append({**shapes, "training": module.training})
 
-    trainer._report = reporting
+    trainer.stages.report = reporting
     handle = trainer.unwrapped_policy().base_model.register_forward_pre_hook(
         calling, with_kwargs=True
     )

@@ -69,7 +69,7 @@ def batch(model_folder: Path) -> Batch:
         completion_ids=torch.randint(4, 30, within.shape, generator=generator).where(within, 0),
         lengths=lengths,
         mask=mask,
-        num_written=mask.sum(1),
+        num_completion_tokens=mask.sum(1),
         advantages=torch.randn(2 * GROUP, generator=generator),
         group=torch.arange(2 * GROUP) // GROUP,
     )

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from gmpo.policy.logprobs import scatter
 from gmpo.types import Batch
 
 VOCABULARY = 50
@@ -95,7 +96,7 @@ def make_batch(
         completion_ids=torch.where(filled, draw(1, VOCABULARY, rows, longest), 0),
         lengths=lengths,
         mask=mask,
-        num_written=mask.sum(1),
+        num_completion_tokens=mask.sum(1),
         advantages=torch.randn(rows, generator=generator),
         group=torch.arange(groups).repeat_interleave(group_size),
     )
@@ -120,6 +121,21 @@ def weighted(logps: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
     return (strength * (logps.sum(1, keepdim=True) * 0.1).exp()).sum() + (
         strength.cos() * entropy.square()
     ).sum()
+
+
+def weighted_rows(batch: Batch, numbers: Tensor | None = None):
+    """`weighted` as `LogProbs.loss` calls it: for some rows, with values of the trained tokens only.
+
+    Args:
+        numbers: [B] what each row of `batch` counts as; None for its own number.
+    """
+
+    def loss(rows: Tensor, logps: Tensor, entropy: Tensor) -> Tensor:
+        mask = batch.rows(rows).mask
+        counted = rows if numbers is None else numbers[rows]
+        return weighted(scatter(logps, mask), scatter(entropy, mask), counted)
+
+    return loss
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmpo.policy.head import chunked as tiles
 from gmpo.policy.head.lm_head import find_head
-from gmpo.policy.logprobs import Scorer
+from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
     MODELS,
@@ -19,14 +19,15 @@ from tests.policy.cases import (
     make_model,
     naive_scores,
     weighted,
+    weighted_rows,
 )
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 TEMPERATURE = 0.7
 
 
-def make_scorer(layout, **options):
-    return Scorer(PolicySettings(batch_layout=layout, **options), temperature=TEMPERATURE)
+def make_logprobs(layout, **options):
+    return LogProbs(PolicySettings(batch_layout=layout, **options), temperature=TEMPERATURE)
 
 
 def all_rows(batch):
@@ -48,7 +49,7 @@ def test_every_layout_gives_the_scores_and_gradients_of_the_logits(name, layout,
         logps, entropy = naive_scores(model, batch, TEMPERATURE)
         expected = gradients(weighted(logps, entropy, all_rows(batch)), model)
 
-        scores = make_scorer(layout).scores(model, batch, want_entropy_grad=True)
+        scores = make_logprobs(layout).compute(model, batch, want_entropy_grad=True)
         found = gradients(weighted(scores.logps, scores.entropy, all_rows(batch)), model)
 
     torch.testing.assert_close(scores.logps, logps, rtol=1e-10, atol=1e-10)
@@ -62,17 +63,17 @@ def test_the_loss_is_that_of_all_scores_at_once(name, layout, small_tiles):
     batch = make_batch(longest=12)  # longer than a tile: one row has to go the other way
     seen = []
 
-    def loss_of(scores, rows):
+    def loss_of(rows, logps, entropy):
         seen.append(rows)
-        assert scores.logps.shape == batch.rows(rows).mask.shape
-        return weighted(scores.logps, scores.entropy, rows)
+        assert len(logps) == len(entropy) == batch.rows(rows).mask.sum()
+        return weighted_rows(batch)(rows, logps, entropy)
 
     with float64_throughout():
         model = make_model(name)
         logps, entropy = naive_scores(model, batch, TEMPERATURE)
         whole = weighted(logps, entropy, all_rows(batch))
         expected = gradients(whole, model)
-        loss = make_scorer(layout).loss(model, batch, loss_of)
+        loss = make_logprobs(layout).loss(model, batch, loss_of)
         found = gradients(loss, model)
 
     assert len(seen) > 2
@@ -91,10 +92,8 @@ def test_float32_models_agree_to_float32(name, layout, small_tiles):
     model = make_model(name, torch.float32)
     logps, entropy = naive_scores(model, batch, TEMPERATURE)
     expected = gradients(weighted(logps, entropy, all_rows(batch)), model)
-    loss = make_scorer(layout).loss(
-        model, batch, lambda scores, rows: weighted(scores.logps, scores.entropy, rows)
-    )
-    scores = make_scorer(layout).scores(model, batch)
+    loss = make_logprobs(layout).loss(model, batch, weighted_rows(batch))
+    scores = make_logprobs(layout).compute(model, batch)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.entropy, entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -109,7 +108,7 @@ def test_float32_models_agree_to_float32(name, layout, small_tiles):
 def test_scores_are_float32_for_a_bfloat16_model_and_close_to_it():
     batch = make_batch()
     expected, _ = naive_scores(make_model("llama", torch.float32), batch)
-    scores = Scorer(PolicySettings()).scores(make_model("llama", torch.bfloat16), batch)
+    scores = LogProbs(PolicySettings()).compute(make_model("llama", torch.bfloat16), batch)
     assert scores.logps.dtype == scores.entropy.dtype == torch.float32
     assert (scores.logps - expected)[batch.mask].abs().mean() < 0.05
 
@@ -127,9 +126,9 @@ def test_gradients_survive_checkpointing(name, layout, reentrant):
                 gradient_checkpointing_kwargs={"use_reentrant": reentrant}
             )
             model.enable_input_require_grads()
-        loss_of = lambda scores, rows: weighted(scores.logps, scores.entropy, rows)  # noqa: E731
+        loss_of = weighted_rows(batch)
         with float64_throughout():
-            results.append(gradients(make_scorer(layout).loss(model, batch, loss_of), model))
+            results.append(gradients(make_logprobs(layout).loss(model, batch, loss_of), model))
     assert_same_gradients(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
@@ -138,9 +137,7 @@ def test_autocast_scores_like_the_models_own_logits_under_autocast():
     model = make_model("llama", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         logps, entropy = naive_scores(model, batch, TEMPERATURE)
-        loss = make_scorer("shared_prefix").loss(
-            model, batch, lambda s, rows: weighted(s.logps, s.entropy, rows)
-        )
+        loss = make_logprobs("shared_prefix").loss(model, batch, weighted_rows(batch))
     expected = gradients(weighted(logps.float(), entropy.float(), all_rows(batch)), model)
     found = gradients(loss, model)
     head = "lm_head.weight"
@@ -150,33 +147,33 @@ def test_autocast_scores_like_the_models_own_logits_under_autocast():
 
 def test_padding_and_untrained_tokens_score_zero():
     batch = make_batch()
-    scores = make_scorer("shared_prefix").scores(make_model("llama"), batch)
+    scores = make_logprobs("shared_prefix").compute(make_model("llama"), batch)
     assert (scores.logps[~batch.mask] == 0).all() and (scores.entropy[~batch.mask] == 0).all()
     assert (scores.logps[batch.mask] < 0).all() and (scores.entropy[batch.mask] > 0).all()
 
 
 def test_without_gradients_scores_and_losses_are_the_same_and_carry_none():
-    batch, model, scorer = make_batch(), make_model("llama"), make_scorer("packed")
-    loss_of = lambda scores, rows: weighted(scores.logps, scores.entropy, rows)  # noqa: E731
-    expected = scorer.loss(model, batch, loss_of)
+    batch, model, logprobs = make_batch(), make_model("llama"), make_logprobs("packed")
+    loss_of = weighted_rows(batch)
+    expected = logprobs.loss(model, batch, loss_of)
     with torch.no_grad():
-        scores, loss = scorer.scores(model, batch), scorer.loss(model, batch, loss_of)
+        scores, loss = logprobs.compute(model, batch), logprobs.loss(model, batch, loss_of)
     assert not scores.logps.requires_grad and not loss.requires_grad
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
 def test_entropy_carries_a_gradient_only_where_asked():
-    batch, model, scorer = make_batch(), make_model("llama"), make_scorer("packed")
-    assert not scorer.scores(model, batch).entropy.requires_grad
-    assert scorer.scores(model, batch, want_entropy_grad=True).entropy.requires_grad
+    batch, model, logprobs = make_batch(), make_model("llama"), make_logprobs("packed")
+    assert not logprobs.compute(model, batch).entropy.requires_grad
+    assert logprobs.compute(model, batch, want_entropy_grad=True).entropy.requires_grad
 
 
 def test_a_batch_of_no_rows_gives_zero_and_touches_every_parameter():
     batch, model = make_batch(), make_model("mixtral")
     none = batch.rows(torch.tensor([], dtype=torch.int64))
     for layout in LAYOUTS:
-        loss = make_scorer(layout).loss(
-            model, none, lambda scores, rows: 1 / 0, router_of=lambda loss: loss
+        loss = make_logprobs(layout).loss(
+            model, none, lambda rows, logps, entropy: 1 / 0, router_weight=1.0
         )
         assert loss == 0.0
         found = gradients(loss, model)
@@ -187,8 +184,8 @@ def test_a_batch_of_no_rows_gives_zero_and_touches_every_parameter():
 def test_rows_without_trained_tokens_still_enter_the_loss():
     batch, model = make_batch(), make_model("llama")
     batch.mask = torch.zeros_like(batch.mask)
-    loss = make_scorer("auto").loss(
-        model, batch, lambda scores, rows: scores.logps.sum() + len(rows)
+    loss = make_logprobs("auto").loss(
+        model, batch, lambda rows, logps, entropy: logps.sum() + len(rows)
     )
     assert loss.item() == len(batch)
 
@@ -198,7 +195,7 @@ def test_recurrent_models_fall_back_to_the_rectangle_with_a_warning(name):
     batch, model = make_batch(), make_model(name, torch.float32).eval()
     logps, entropy = naive_scores(model, batch)
     with pytest.warns(UserWarning, match="leaves out 'shared_prefix' for"):
-        scores = Scorer(PolicySettings()).scores(model, batch)
+        scores = LogProbs(PolicySettings()).compute(model, batch)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scores.entropy, entropy, rtol=1e-4, atol=1e-4)
 
@@ -219,14 +216,12 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_of_more_rows_than_a_tile_never_exist(layout, small_tiles):
     batch, model = make_batch(groups=6, group_size=6, longest=10), make_model("llama")
-    scorer = make_scorer(layout)
+    logprobs = make_logprobs(layout)
     head_rows = find_head(model).weight.shape[1]  # [32, VOCABULARY]: the head itself
     assert batch.mask.sum() > 4 * head_rows
     with LargestTensor() as seen:
-        gradients(
-            scorer.loss(model, batch, lambda s, rows: weighted(s.logps, s.entropy, rows)), model
-        )
-        scores = scorer.scores(model, batch, want_entropy_grad=True)
+        gradients(logprobs.loss(model, batch, weighted_rows(batch)), model)
+        scores = logprobs.compute(model, batch, want_entropy_grad=True)
         gradients(weighted(scores.logps, scores.entropy, all_rows(batch)), model)
     assert seen.rows <= head_rows
 
@@ -239,9 +234,9 @@ def test_the_transform_is_measured_whatever_the_configuration_calls_it():
         "gemma2-window-softcap": (1.0, 2.0),
     }
     for name, (slope, cap) in expected.items():
-        scorer, model = make_scorer("padded"), make_model(name)
-        scorer.scores(model, make_batch())
-        transform = scorer._transforms[model]
+        logprobs, model = make_logprobs("padded"), make_model(name)
+        logprobs.compute(model, make_batch())
+        transform = logprobs._transforms[model]
         assert (transform.slope, transform.cap, transform.temperature) == pytest.approx(
             (slope, cap, TEMPERATURE), rel=1e-14
         )
@@ -253,11 +248,11 @@ def test_scoring_leaves_the_model_and_the_random_numbers_as_they_were():
     modes = [module.training for module in model.modules()]
     states = []
     for checked in (False, True):
-        scorer = make_scorer("shared_prefix")
+        logprobs = make_logprobs("shared_prefix")
         if checked:
-            scorer.scores(model, batch)
+            logprobs.compute(model, batch)
         torch.manual_seed(0)
-        scorer.scores(model, batch)
+        logprobs.compute(model, batch)
         states.append(torch.get_rng_state())
     torch.testing.assert_close(states[0], states[1])
     assert "forward" not in vars(model.lm_head)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gmpo.policy.logprobs import Scorer
+from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.moe import load_balancing_loss
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
@@ -37,17 +37,17 @@ def loss_of_the_model(model, batch):
 def test_it_is_that_of_the_model_over_real_tokens(name, layout):
     batch = make_batch()
     with float64_throughout():
-        model, scorer = make_model(name), Scorer(PolicySettings(batch_layout=layout))
+        model, logprobs = make_model(name), LogProbs(PolicySettings(batch_layout=layout))
         expected = loss_of_the_model(model, batch)
         wanted = gradients(expected, model)
-        found = scorer.scores(model, batch).router_loss
+        found = logprobs.compute(model, batch).router_loss
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         grads = gradients(found, model)
-        total = scorer.loss(
+        total = logprobs.loss(
             model,
             batch,
-            lambda scores, rows: 0 * scores.logps.sum(),
-            router_of=lambda loss: 3 * loss,
+            lambda rows, logps, entropy: 0 * logps.sum(),
+            router_weight=3.0,
         )
         torch.testing.assert_close(total, 3 * expected, rtol=1e-10, atol=1e-10)
     grads = {name: grad for name, grad in grads.items() if name in wanted}
@@ -69,11 +69,12 @@ def test_an_even_load_costs_the_number_of_chosen_experts():
 def test_it_is_left_out_where_nothing_asks_for_it():
     batch, mixture = make_batch(), make_model("mixtral")
     assert (
-        Scorer(PolicySettings(router_aux_loss_coef=0.0)).scores(mixture, batch).router_loss is None
+        LogProbs(PolicySettings(router_aux_loss_coef=0.0)).compute(mixture, batch).router_loss
+        is None
     )
-    assert Scorer(PolicySettings()).scores(make_model("llama"), batch).router_loss is None
+    assert LogProbs(PolicySettings()).compute(make_model("llama"), batch).router_loss is None
     with torch.no_grad():
-        assert Scorer(PolicySettings()).scores(mixture, batch).router_loss is None
+        assert LogProbs(PolicySettings()).compute(mixture, batch).router_loss is None
 
 
 def test_checkpointing_that_hides_the_routers_is_refused():
@@ -81,10 +82,10 @@ def test_checkpointing_that_hides_the_routers_is_refused():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="'use_reentrant': False"):
-        Scorer(PolicySettings()).scores(model, batch)
+        LogProbs(PolicySettings()).compute(model, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    expected = Scorer(PolicySettings()).scores(make_model("mixtral"), batch).router_loss
-    found = Scorer(PolicySettings()).scores(model, batch).router_loss
+    expected = LogProbs(PolicySettings()).compute(make_model("mixtral"), batch).router_loss
+    found = LogProbs(PolicySettings()).compute(model, batch).router_loss
     torch.testing.assert_close(found, expected)
     gate = "model.layers.0.mlp.gate.weight"
     assert gradients(found, model)[gate].abs().max() > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gmpo.policy.logprobs import Scorer
+from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.reference import BaseOfAdapter, FrozenCopy, ReferenceSync, make_reference
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import make_batch, make_model
@@ -25,8 +25,8 @@ def change(model):
 
 
 def logps(reference, policy, batch):
-    with torch.no_grad(), reference.scoring(policy) as model:
-        return Scorer(PolicySettings()).scores(model, batch).logps
+    with torch.no_grad(), reference.active(policy) as model:
+        return LogProbs(PolicySettings()).compute(model, batch).logps
 
 
 def test_no_kl_no_reference():
@@ -60,7 +60,7 @@ def test_under_an_adapter_the_reference_is_its_base_without_a_copy():
     reference = make_reference(policy, 0.1)
     assert isinstance(reference, BaseOfAdapter)
     torch.testing.assert_close(logps(reference, policy, batch), before, rtol=1e-12, atol=1e-12)
-    now = Scorer(PolicySettings()).scores(policy, batch).logps
+    now = LogProbs(PolicySettings()).compute(policy, batch).logps
     assert (now - before).abs().max() > 1e-3
 
 
@@ -89,7 +89,7 @@ def test_sync_under_an_adapter_moves_a_copy_of_its_weights():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter, trained[name] + 0.1, rtol=1e-12, atol=1e-12)
     ReferenceSync(reference, alpha=1.0, steps=1).after_step(policy, 1)
-    now = Scorer(PolicySettings()).scores(policy, batch).logps
+    now = LogProbs(PolicySettings()).compute(policy, batch).logps
     torch.testing.assert_close(logps(reference, policy, batch), now, rtol=1e-12, atol=1e-12)
     assert (now - start).abs().max() > 1e-3
 

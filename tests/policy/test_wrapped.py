@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 from gmpo.policy.head import chunked as tiles
-from gmpo.policy.logprobs import Scorer
+from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
     VOCABULARY,
@@ -21,6 +21,7 @@ from tests.policy.cases import (
     make_model,
     naive_scores,
     weighted,
+    weighted_rows,
 )
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
@@ -31,10 +32,6 @@ ADAPTERS = {
     "own head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "some embeddings": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
 }
-
-
-def loss_of(scores, rows):
-    return weighted(scores.logps, scores.entropy, rows)
 
 
 def adapted(config, name="gemma3-window"):
@@ -55,10 +52,10 @@ def test_adapters_give_the_scores_and_gradients_of_the_logits(which, layout, sma
         logps, entropy = naive_scores(model, batch)
         whole = weighted(logps, entropy, torch.arange(len(batch)))
         expected = gradients(whole, model)
-        scorer = Scorer(PolicySettings(batch_layout=layout))
-        loss = scorer.loss(model, batch, loss_of)
+        logprobs = LogProbs(PolicySettings(batch_layout=layout))
+        loss = logprobs.loss(model, batch, weighted_rows(batch))
         found = gradients(loss, model)
-    torch.testing.assert_close(scorer.scores(model, batch).logps, logps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logprobs.compute(model, batch).logps, logps, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(loss, whole, rtol=1e-10, atol=1e-10)
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -74,7 +71,8 @@ def test_adapters_of_other_kinds_of_models_do_too_with_checkpointing(name, layou
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
         found = gradients(
-            Scorer(PolicySettings(batch_layout=layout)).loss(model, batch, loss_of), model
+            LogProbs(PolicySettings(batch_layout=layout)).loss(model, batch, weighted_rows(batch)),
+            model,
         )
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -85,9 +83,9 @@ def test_a_frozen_head_gives_the_same_gradients_without_those_of_the_entropy(sma
         model = adapted(LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
         logps, _ = naive_scores(model, batch)
         expected = gradients(logps.square().sum(), model)
-        scorer = Scorer(PolicySettings())
-        loss = scorer.loss(
-            model, batch, lambda scores, rows: scores.logps.square().sum(), want_entropy_grad=False
+        logprobs = LogProbs(PolicySettings())
+        loss = logprobs.loss(
+            model, batch, lambda rows, logps, entropy: logps.square().sum(), want_entropy_grad=False
         )
         found = gradients(loss, model)
     assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
@@ -99,17 +97,17 @@ def test_virtual_tokens_keep_to_the_rectangle():
         model = adapted(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
         logps, _ = naive_scores(model, batch)
         with pytest.warns(UserWarning, match="virtual tokens"):
-            scores = Scorer(PolicySettings()).scores(model, batch)
+            scores = LogProbs(PolicySettings()).compute(model, batch)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-10, atol=1e-10)
 
 
 def test_a_compiled_model_is_scored_like_the_model():
     batch, model = make_batch(), make_model("llama", torch.float32)
     compiled = torch.compile(model, backend="eager")
-    expected = gradients(Scorer(PolicySettings()).loss(model, batch, loss_of), model)
-    scorer = Scorer(PolicySettings())
+    expected = gradients(LogProbs(PolicySettings()).loss(model, batch, weighted_rows(batch)), model)
+    logprobs = LogProbs(PolicySettings())
     for _ in range(2):
-        found = gradients(scorer.loss(compiled, batch, loss_of), model)
+        found = gradients(logprobs.loss(compiled, batch, weighted_rows(batch)), model)
         assert_same_gradients(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -153,13 +151,13 @@ def as_rank(rank, port, folder):
     for wrapper, wrap in WRAPPERS.items():
         for layout in LAYOUTS:
             model = make_model("gemma3-window", torch.float32, tie_word_embeddings=False)
-            wrapped, scorer = wrap(model), Scorer(PolicySettings(batch_layout=layout))
+            wrapped, logprobs = wrap(model), LogProbs(PolicySettings(batch_layout=layout))
             for _ in range(2):  # the second pass needs the bookkeeping of the first to be in order
                 model.zero_grad()
-                scorer.loss(
+                logprobs.loss(
                     wrapped,
                     batch.rows(mine),
-                    lambda scores, rows: weighted(scores.logps, scores.entropy, mine[rows]),
+                    weighted_rows(batch.rows(mine), mine),
                 ).backward()
             grads = {name: p.grad for name, p in model.named_parameters()}
             results[wrapper, layout] = {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gmpo.report.completions import CompletionLog, ScoredCompletions
+from gmpo.report.completions import CompletionLog, CompletionRecords
 from gmpo.report.parquet import as_column, as_text
 from gmpo.report.settings import ReportSettings
 
@@ -21,7 +21,7 @@ TOOL_CALLS = [  # argument types differ from call to call, one has none: what pa
 
 
 def scored(count=2, *, prompts=None, rewards=None, **extras):
-    return ScoredCompletions(
+    return CompletionRecords(
         prompts=prompts or [f"prompt {i // 2}" for i in range(count)],
         completions=[f"completion {i}" for i in range(count)],
         rewards=rewards or {"exact": [float(i) for i in range(count)]},

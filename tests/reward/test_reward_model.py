@@ -12,7 +12,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gmpo.reward.reward_model import ModelOptions, ModelReward, batches_by_length, max_input_length
+from gmpo.reward.reward_model import (
+    ModelReward,
+    RewardModelSettings,
+    batches_by_length,
+    max_input_length,
+)
 from gmpo.reward.sources import build_sources
 from tests.reward.cases import assistant, call, rollout, user
 
@@ -60,7 +65,7 @@ def source_of(model=None, tokenizer=None, **options):
     (source,) = build_sources(
         model or make_model(),
         tokenizer or make_tokenizer(pad="<pad>"),
-        model_options=ModelOptions(**options),
+        model_settings=RewardModelSettings(**options),
     )
     assert isinstance(source, ModelReward)
     return source
@@ -227,7 +232,7 @@ def test_a_path_may_start_at_the_home_folder_or_be_a_path_object(tmp_path, monke
 def test_model_init_kwargs_reach_the_model(tmp_path, key):
     path = save(tmp_path / "judge", make_model())
     given = {key: "bfloat16", "attn_implementation": "eager"}
-    (source,) = build_sources(path, model_options=ModelOptions(init_kwargs=given))
+    (source,) = build_sources(path, model_settings=RewardModelSettings(init_kwargs=given))
     assert source.model.dtype is torch.bfloat16
     assert source.model.config._attn_implementation == "eager"
     assert given == {key: "bfloat16", "attn_implementation": "eager"}

@@ -16,7 +16,7 @@ from gmpo.rollout.local.cache import SharedPrefixCache
 from gmpo.rollout.local.checked import CheckedEngine
 from gmpo.rollout.local.decoder import packed_logits
 from gmpo.rollout.local.hf_generate import GenerateEngine
-from gmpo.rollout.local.shared_prefix import SharedPrefixEngine, obstacle
+from gmpo.rollout.local.shared_prefix import SharedPrefixEngine, unsupported_reason
 from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.types import Prompt
@@ -516,12 +516,12 @@ def test_obstacles(name, changes, reason):
     model = tiny(name)
     for option, value in changes.items():
         setattr(model.config, option, value)
-    got = obstacle(model, Sampling(4))
+    got = unsupported_reason(model, Sampling(4))
     assert got is None if reason is None else reason in got
 
 
 def test_options_of_the_generate_loop_are_an_obstacle():
-    assert "max_time" in obstacle(tiny(), Sampling(4, extra={"max_time": 1.0}))
+    assert "max_time" in unsupported_reason(tiny(), Sampling(4, extra={"max_time": 1.0}))
 
 
 def test_virtual_prompt_tokens_go_to_generate_and_act():
@@ -531,7 +531,7 @@ def test_virtual_prompt_tokens_go_to_generate_and_act():
             tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         ).eval()
         torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=3.0)
-    assert "virtual" in obstacle(model, Sampling(4))
+    assert "virtual" in unsupported_reason(model, Sampling(4))
     (request,) = requests(6, count=1)
     defaults = model.generation_config
     got = tokens(generate(model).generate([request], Sampling(10, temperature=0.0)))

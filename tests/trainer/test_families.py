@@ -63,8 +63,8 @@ def test_what_is_scored_is_what_the_model_itself_says(make_trainer, name, engine
         generation_engine=engine,
     )
     seen = []
-    report = trainer._report
-    trainer._report = lambda collection, **keywords: (
+    report = trainer.stages.report
+    trainer.stages.report = lambda collection, **keywords: (
         seen.append(collection),
         report(collection, **keywords),
     )

@@ -13,20 +13,20 @@ def out_of_memory_above(trainer, tokens, after):
     Args:
         after: The first passes succeed whatever their size.
     """
-    scorer, whole = trainer.scorer, trainer.scorer.loss
+    logprobs, whole = trainer.stages.logprobs, trainer.stages.logprobs.loss
     failures, calls = [], []
 
     def loss(model, batch, *args, **keywords):
         value = whole(model, batch, *args, **keywords)
         calls.append(batch)
-        if len(calls) > after and scorer.tokens(batch) > tokens:
-            failures.append(scorer.tokens(batch))
+        if len(calls) > after and logprobs.tokens(batch) > tokens:
+            failures.append(logprobs.tokens(batch))
             if len(failures) % 2:
                 value.backward()  # a part of the gradient is there already
             raise torch.OutOfMemoryError("no room")
         return value
 
-    scorer.loss = loss
+    logprobs.loss = loss
     return failures
 
 
@@ -53,7 +53,7 @@ def test_the_update_is_that_of_enough_memory(make_trainer, weights, accumulation
         UserWarning, match=r"Out of memory in a chunk of \d+ tokens: the step is repeated"
     ):
         found, trainer, failures = run(make_trainer, weights, tokens=30, after=after, **options)
-    assert len(failures) >= 1 and trainer.learner.max_tokens_per_chunk <= 30
+    assert len(failures) >= 1 and trainer.stages.learner.max_tokens_per_chunk <= 30
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name], value, rtol=1e-4, atol=1e-6
@@ -77,8 +77,8 @@ def test_of_several_ranks_none_starts_a_collective_where_its_memory_runs_out(
     monkeypatch.setattr(
         "gmpo.learn.distributed.reduced", lambda *given: met.append(given) or torch.ones(())
     )
-    trainer.learner.in_step = True
+    trainer.stages.learner.in_step = True
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        trainer.learner.make_room(torch.OutOfMemoryError("no room"), make_batch())
+        trainer.stages.learner.make_room(torch.OutOfMemoryError("no room"), make_batch())
     assert any("Set max_tokens_per_chunk" in note for note in caught.value.__notes__)
     assert met == []

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from gmpo.collect import places_of, replaced_rows
-from gmpo.data.resample import SpareRows, prompt_key
+from gmpo.data.resample import ReplacementPrompts, prompt_key
 from gmpo.data.sampler import Rows
 
 DULL = [{"prompt": "a " * n + "b"} for n in range(1, 7)]
@@ -105,16 +105,16 @@ def test_max_resamples_alone_is_refused(make_trainer):
 
 def test_spare_rows_are_other_prompts_each_once_in_the_order_of_the_seed():
     rows = [{"prompt": text} for text in "aabbccdd"]
-    drawn = SpareRows(rows).draw(2, without={prompt_key({"prompt": "a"})}, seed=0)
+    drawn = ReplacementPrompts(rows).draw(2, without={prompt_key({"prompt": "a"})}, seed=0)
     assert len({row["prompt"] for row in drawn}) == 2 and {"prompt": "a"} not in drawn
-    assert len(SpareRows(rows).draw(9, without=set(), seed=0)) == 4
+    assert len(ReplacementPrompts(rows).draw(9, without=set(), seed=0)) == 4
     orders = {
-        tuple(row["prompt"] for row in SpareRows(rows).draw(4, without=set(), seed=seed))
+        tuple(row["prompt"] for row in ReplacementPrompts(rows).draw(4, without=set(), seed=seed))
         for seed in range(20)
     }
     assert len(orders) > 3
-    again = SpareRows(rows).draw(4, without=set(), seed=7)
-    assert again == SpareRows(rows).draw(4, without=set(), seed=7)
+    again = ReplacementPrompts(rows).draw(4, without=set(), seed=7)
+    assert again == ReplacementPrompts(rows).draw(4, without=set(), seed=7)
 
 
 def test_ranks_replace_their_own_rows_of_groups_that_span_them():
@@ -125,9 +125,9 @@ def test_ranks_replace_their_own_rows_of_groups_that_span_them():
     assert places_of(first, chosen, 4) == [0, 1, 2, 3, 4, 5]
     assert places_of(second, chosen, 4) == [0, 1]
     part = replaced_rows(second, chosen, 4)
-    assert part.first == 6 and [row["prompt"] for row in part.rows] == ["y", "y"]
+    assert part.offset == 6 and [row["prompt"] for row in part.rows] == ["y", "y"]
     # without group 0 the rows of group 1 are the first of what is written again
-    assert replaced_rows(second, {1: chosen[1]}, 4).first == 2
+    assert replaced_rows(second, {1: chosen[1]}, 4).offset == 2
 
 
 def test_advantages_are_those_of_the_rows_that_are_trained_on(make_trainer):

@@ -43,13 +43,13 @@ def run(make_trainer):
         }
         trainer = make_trainer(**options)
         batches = []
-        report = trainer._report
+        report = trainer.stages.report
 
         def remember(collection, *args, **keywords):
             batches.append(collection.batch)
             report(collection, *args, **keywords)
 
-        trainer._report = remember
+        trainer.stages.report = remember
         trainer.train()
         return trainer, batches
 
@@ -61,7 +61,7 @@ def run(make_trainer):
 def test_the_ratio_of_an_unmoved_policy_is_one(run, cut, engine):
     trainer, (batch,) = run(generation_engine=engine, learning_rate=0.0, **cut)
     assert ratios(trainer) == pytest.approx([1.0, 1.0], abs=1e-6)
-    scores = trainer.scorer.scores(trainer.model, batch)
+    scores = trainer.stages.logprobs.compute(trainer.model, batch)
     torch.testing.assert_close(scores.logps.float(), batch.sampler_logps, rtol=0, atol=1e-6)
     assert (batch.support is None) == (cut == CUTS["penalty"])
 
@@ -92,7 +92,7 @@ def test_sampler_and_trainer_both_sum_to_one_over_the_tokens_that_could_be_drawn
     first = [int((tokens == token).nonzero()[0]) for token in drawn.nonzero().flatten()]
     assert sorted(set(tokens.tolist())) == drawn.nonzero().flatten().tolist()
     assert 2 <= len(first) <= 6
-    trained = trainer.scorer.scores(trainer.model, batch).logps
+    trained = trainer.stages.logprobs.compute(trainer.model, batch).logps
     assert float(batch.sampler_logps[first, 0].exp().sum()) == pytest.approx(1.0, abs=1e-6)
     assert float(trained[first, 0].exp().sum()) == pytest.approx(1.0, abs=1e-6)
 

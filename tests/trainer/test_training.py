@@ -119,13 +119,13 @@ def test_rows_with_a_signal_share_the_passes_of_an_optimizer_step(make_trainer, 
             max_steps=1,
         )
         passes[mode] = 0
-        loss = trainer.scorer.loss
+        loss = trainer.stages.logprobs.loss
 
         def counted(*args, mode=mode, loss=loss, **keywords):
             passes[mode] += 1
             return loss(*args, **keywords)
 
-        trainer.scorer.loss = counted
+        trainer.stages.logprobs.loss = counted
         trainer.train()
         results[mode] = weights(trainer.model)
     # four micro-batches of two groups each; the four groups that have a signal fill two of them

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.colocated import ColocatedEngine
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.inside import worker as vllm_backend
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
@@ -150,7 +150,7 @@ def test_a_publication_that_left_the_tied_head_behind_would_be_found(start, monk
     """vLLM 0.32 does leave it, on CPUs; without the repair the run must not begin."""
     monkeypatch.setattr(vllm_backend, "forget_packed", lambda model: None)
     engine = start(small_policy())
-    with pytest.raises(VllmFault, match="vLLM does not compute what is trained"):
+    with pytest.raises(VllmError, match="vLLM does not compute what is trained"):
         engine.publish(0)
 
 

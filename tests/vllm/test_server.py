@@ -13,7 +13,7 @@ from datasets import Dataset
 from gmpo.config import GMPOConfig
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.tokens import find_token
 from gmpo.rollout.vllm.server import ServerEngine
 from gmpo.trainer import GMPOTrainer
@@ -66,7 +66,7 @@ def engine(server, policy, **options):
     return ServerEngine(settings, lambda: policy, tiny_tokenizer(), eos=(1,))
 
 
-def scorer(it):
+def logprobs(it):
     return lambda ids: it._score(it.fleet.clients[0], ids)
 
 
@@ -88,7 +88,7 @@ def test_after_each_optimizer_step_the_server_computes_what_is_trained(server, k
     it = engine(server, policy)
     for version in range(3):
         it.publish(version)
-        assert distances(scorer(it), policy).max() < 1e-4
+        assert distances(logprobs(it), policy).max() < 1e-4
         assert (it.adapter is not None) == (kind == "adapter")
         train(policy, steps=1, seed=version)
     assert all(torch.equal(weight, policy.get_parameter(name)) for name, weight in base.items())
@@ -122,7 +122,7 @@ def test_another_runs_weights_are_noticed(server):
     it, other = engine(server, mine), engine(server, theirs)
     it.publish(0)
     other.publish(0)
-    with pytest.raises(VllmFault, match=r"answered from the weights \['gmpo-.*not from 'gmpo-"):
+    with pytest.raises(VllmError, match=r"answered from the weights \['gmpo-.*not from 'gmpo-"):
         it.generate([request([5])], Sampling(3))
 
 
@@ -134,7 +134,7 @@ def test_a_trainer_that_died_while_it_published_does_not_spoil_the_next(server):
     policy = small_policy(**LONG)
     it = engine(server, policy)
     it.publish(0)
-    assert distances(scorer(it), policy).max() < 1e-4
+    assert distances(logprobs(it), policy).max() < 1e-4
 
 
 # -- who may ---------------------------------------------------------------------------------------------------------
@@ -177,13 +177,13 @@ def test_it_listens_on_this_machine_alone(server):
 
 def test_a_wrong_token_is_told_at_once(server, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "wrong")
-    with pytest.raises(VllmFault, match=r"refuses the token \(401\)"):
+    with pytest.raises(VllmError, match=r"refuses the token \(401\)"):
         engine(server, small_policy(**LONG))
 
 
 def test_another_model_is_refused_before_training(server):
     with pytest.raises(
-        VllmFault, match=r"trainer's model has num_hidden_layers=3, this engine's model has 2"
+        VllmError, match=r"trainer's model has num_hidden_layers=3, this engine's model has 2"
     ):
         engine(server, small_policy(**LONG, num_hidden_layers=3))
 
@@ -196,7 +196,7 @@ def test_a_file_that_the_server_cannot_see_is_named(server, tmp_path, monkeypatc
         lambda info: [c.update_weights({"path": "/no/w.safetensors"}) for c in it.fleet.clients],
     )
     with pytest.raises(
-        VllmFault, match=r"can't see the trainer's file '.*'. Set vllm_weight_folder"
+        VllmError, match=r"can't see the trainer's file '.*'. Set vllm_weight_folder"
     ):
         it.publish(0)
 
@@ -210,7 +210,7 @@ def refused(address, match, seconds=240.0):
     settings = RolloutSettings(
         use_vllm=True, vllm_mode="server", vllm_server_base_url=address, vllm_server_timeout=seconds
     )
-    with pytest.raises(VllmFault, match=match):
+    with pytest.raises(VllmError, match=match):
         ServerEngine(settings, lambda: small_policy(**LONG), tiny_tokenizer(), eos=(1,))
     return time.monotonic() - began
 
@@ -275,10 +275,10 @@ def test_killed_during_generation(server):
     it.publish(0)
     after(2.0, server.kill)
     began = time.monotonic()
-    with pytest.raises(VllmFault, match=r"POST .*/inference/v1/generate broke off") as fault:
+    with pytest.raises(VllmError, match=r"POST .*/inference/v1/generate broke off") as fault:
         generating(it)
     assert time.monotonic() - began < 2 + SLACK
-    assert fault.value.raised_on_every_rank
+    assert fault.value.raised_on_all_ranks
 
 
 def test_its_engine_killed_during_generation(server):
@@ -288,7 +288,7 @@ def test_its_engine_killed_during_generation(server):
     after(2.0, server.kill_engine)
     began = time.monotonic()
     with pytest.raises(
-        VllmFault, match=r"POST .*/inference/v1/generate (broke off|was answered with 500)"
+        VllmError, match=r"POST .*/inference/v1/generate (broke off|was answered with 500)"
     ) as fault:
         generating(it)
     assert time.monotonic() - began < 2 + SLACK
@@ -303,7 +303,7 @@ def test_paused_during_generation(server):
     began = time.monotonic()
     try:
         with pytest.raises(
-            VllmFault, match=rf"/inference/v1/generate was not answered within {TIMEOUT:g} seconds"
+            VllmError, match=rf"/inference/v1/generate was not answered within {TIMEOUT:g} seconds"
         ):
             it.generate([request([5])], Sampling(3))
     finally:
@@ -316,7 +316,7 @@ def test_a_generation_that_takes_too_long_is_ended_on_both_sides(server):
     it.publish(0)
     channel = it.fleet.clients[0].channel
     channel.timeout = 5.0
-    with pytest.raises(VllmFault, match="/inference/v1/generate was not answered within 5 seconds"):
+    with pytest.raises(VllmError, match="/inference/v1/generate was not answered within 5 seconds"):
         generating(it)
     channel.timeout = 240.0
     it.generate([request([5])], Sampling(3))  # the server has dropped the endless ones
@@ -333,7 +333,7 @@ def test_paused_during_publication(server, step):
     setattr(it.fleet, step, lambda *arguments: (server.signal(signal.SIGSTOP), real(*arguments)))
     began = time.monotonic()
     try:
-        with pytest.raises(VllmFault, match=rf"was not answered within {TIMEOUT:g} seconds"):
+        with pytest.raises(VllmError, match=rf"was not answered within {TIMEOUT:g} seconds"):
             it.publish(1)
     finally:
         server.signal(signal.SIGCONT)
@@ -343,7 +343,7 @@ def test_paused_during_publication(server, step):
         client.channel.timeout = 240.0
     train(policy, steps=1)
     it.publish(2)  # the server goes on where it stood, and takes new weights
-    assert distances(scorer(it), policy).max() < 1e-4
+    assert distances(logprobs(it), policy).max() < 1e-4
 
 
 def test_with_reconnect_training_goes_on_after_a_kill(server, tmp_path, caplog):
@@ -351,21 +351,21 @@ def test_with_reconnect_training_goes_on_after_a_kill(server, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     trainer = run(server, tmp_path, vllm_server_reconnect=600.0)
     seen = []
-    real = trainer.engine.generate
+    real = trainer.stages.engine.generate
 
     def generate(requests, sampling):
-        seen.append(trainer.engine.version)
+        seen.append(trainer.stages.engine.version)
         if len(seen) == 2:
             server.kill()
             after(1.0, server.launch)
         return real(requests, sampling)
 
-    trainer.engine.generate = generate
+    trainer.stages.engine.generate = generate
     trainer.train()
     assert trainer.state.global_step == 3 and seen == [0, 1, 2]
     assert "The vLLM server is back." in caplog.text
     assert (
-        distances(scorer(trainer.engine), trainer.unwrapped_policy()).max() > 0
+        distances(logprobs(trainer.stages.engine), trainer.unwrapped_policy()).max() > 0
     )  # it still serves us
 
 
@@ -375,15 +375,15 @@ def test_killed_during_publication(server):
     real = it.fleet.update_weights
     it.fleet.update_weights = lambda info: (server.kill(), real(info))
     began = time.monotonic()
-    with pytest.raises(VllmFault, match=r"/update_weights (broke off|found no server)") as fault:
+    with pytest.raises(VllmError, match=r"/update_weights (broke off|found no server)") as fault:
         it.publish(1)
     assert time.monotonic() - began < SLACK
-    assert fault.value.raised_on_every_rank
+    assert fault.value.raised_on_all_ranks
 
 
 def test_without_reconnect_a_run_ends_with_a_checkpoint(server, tmp_path):
     trainer = run(server, tmp_path)
-    real = trainer.engine.generate
+    real = trainer.stages.engine.generate
     seen = []
 
     def generate(requests, sampling):
@@ -392,8 +392,8 @@ def test_without_reconnect_a_run_ends_with_a_checkpoint(server, tmp_path):
             server.kill()
         return real(requests, sampling)
 
-    trainer.engine.generate = generate
-    with pytest.raises(VllmFault) as fault:
+    trainer.stages.engine.generate = generate
+    with pytest.raises(VllmError) as fault:
         trainer.train()
     assert "checkpoint-2" in "".join(fault.value.__notes__)
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()

@@ -21,7 +21,7 @@ LEAST = 1e-18  # added to the size of a row's gradient: 0 divides nothing then, 
 SOME_VOCABULARY = 8192  # columns of a 16-bit weight gradient that are added up at once
 
 
-def token_scores(
+def token_logps(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
@@ -53,16 +53,16 @@ def token_scores(
         )
         trained = any(p is not None and p.requires_grad for p in (weight, bias))
         how = (
-            _LinearScores
+            _LinearLogProbs
             if trained or want_entropy_grad or not torch.is_grad_enabled()
-            else _FrozenScores
+            else _FrozenLogProbs
         )
         logps, entropy = how.apply(hidden, weight, bias, targets, dtype, transform, shaping)
     else:
         rows = tile_rows(head.vocabulary, 4, hidden.device)
         parts = [
             checkpoint(
-                _module_scores,
+                _module_logps,
                 head,
                 hidden[part],
                 targets[part],
@@ -93,7 +93,7 @@ def pieces(
         yield part, None if shaping is None else shaping[part]
 
 
-def _module_scores(
+def _module_logps(
     head: Head, hidden: Tensor, targets: Tensor, transform: Transform, shaping: Shaping | None
 ) -> tuple[Tensor, Tensor]:
     output = head.forward(hidden)
@@ -103,7 +103,7 @@ def _module_scores(
     return logps, -(every.exp() * every).sum(-1)
 
 
-class LinearTiles:
+class ChunkedHead:
     """Scores of tiles of rows under a linear head and, right after, the gradients of the tile that was scored last."""
 
     def __init__(
@@ -117,7 +117,7 @@ class LinearTiles:
         self.rows = tile_rows(len(weight), dtype.itemsize, weight.device)
         self._buffer = self.weight.new_empty((0, len(weight)))
 
-    def scores(
+    def logps_and_entropy(
         self, hidden: Tensor, targets: Tensor, shaping: Shaping | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probs of the targets and entropies, [r], of r hidden states [r, H]."""
@@ -152,7 +152,7 @@ class LinearTiles:
         into_weight: Tensor | None,
         into_bias: Tensor | None,
     ) -> Tensor:
-        """Carry gradients on from the scores ([r]) of the tile scored last; its logits are used up.
+        """Carry gradients on from log-probs and entropies ([r]) of the last tile, whose logits are used up.
 
         Args:
             into_weight, into_bias: [V, H] and [V] in the wide dtype, to which theirs are added; None: frozen.
@@ -252,7 +252,7 @@ class LinearTiles:
         return [slice(start, start + step) for start in range(0, len(self.hidden), step)]
 
 
-class _LinearScores(torch.autograd.Function):
+class _LinearLogProbs(torch.autograd.Function):
     """Forward: tiles of logits, thrown away.  Backward: the same tiles again, turned into their gradients in place."""
 
     @staticmethod
@@ -261,17 +261,20 @@ class _LinearScores(torch.autograd.Function):
         ctx.options, ctx.shaping = (dtype, transform), shaping
         ctx.save_for_backward(hidden, weight, bias, targets)
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = LinearTiles(weight, bias, dtype, transform)
+            tiles = ChunkedHead(weight, bias, dtype, transform)
             parts = pieces(len(hidden), tiles.rows, shaping)
-            scores = [tiles.scores(hidden[rows], targets[rows], shaped) for rows, shaped in parts]
-        logps, entropies = zip(*scores, strict=True)
+            found = [
+                tiles.logps_and_entropy(hidden[rows], targets[rows], shaped)
+                for rows, shaped in parts
+            ]
+        logps, entropies = zip(*found, strict=True)
         return torch.cat(logps), torch.cat(entropies)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         hidden, weight, bias, targets = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = LinearTiles(weight, bias, *ctx.options)
+            tiles = ChunkedHead(weight, bias, *ctx.options)
             into_weight = (
                 torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
             )
@@ -280,7 +283,7 @@ class _LinearScores(torch.autograd.Function):
             )
             into_hidden = torch.empty_like(hidden)
             for rows, shaped in pieces(len(hidden), tiles.rows, ctx.shaping):
-                tiles.scores(hidden[rows], targets[rows], shaped)
+                tiles.logps_and_entropy(hidden[rows], targets[rows], shaped)
                 into_logps, into_entropy = (
                     None if grad is None else grad[rows] for grad in grad_outputs
                 )
@@ -294,16 +297,16 @@ class _LinearScores(torch.autograd.Function):
         return into_hidden, into_weight, into_bias, None, None, None, None
 
 
-class _FrozenScores(torch.autograd.Function):
+class _FrozenLogProbs(torch.autograd.Function):
     """Forward: for each row, the direction in which its log-prob grows.  Backward: that times its gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, dtype, transform, shaping):
         logps, entropies, directions = [], [], []
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = LinearTiles(weight, bias, dtype, transform)
+            tiles = ChunkedHead(weight, bias, dtype, transform)
             for rows, shaped in pieces(len(hidden), tiles.rows, shaping):
-                logp, entropy = tiles.scores(hidden[rows], targets[rows], shaped)
+                logp, entropy = tiles.logps_and_entropy(hidden[rows], targets[rows], shaped)
                 directions.append(tiles.gradients(torch.ones_like(logp), None, None, None))
                 logps.append(logp)
                 entropies.append(entropy)

@@ -1,108 +1,116 @@
 """The loss and its gradient while the logits are there: each is computed once.
 
-The loss of a completion depends on its own tokens only.  So in tiles made of whole completions the loss of a tile, the
-gradient of its log-probs and, from the same logits, the gradients of the hidden states and of the head follow at once;
-the backward pass only multiplies what the forward pass found by the gradient that comes in.
+The loss of a completion depends on its own tokens only.  So in tiles made of whole completions the
+loss of a tile, the gradient of its log-probs and, from the same logits, the gradients of the hidden
+states and of the head follow at once.  The backward pass only multiplies what the forward pass
+found by the gradient that comes in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gmpo.policy.head.chunked import LinearTiles
+from gmpo.policy.head.chunked import ChunkedHead
 from gmpo.policy.head.lm_head import PLAIN, Transform, computing_dtype
 from gmpo.policy.head.logits_shaping import Shaping
 
-LossOfTile = Callable[
-    [int, Tensor, Tensor], Tensor
-]  # (number of the tile, logps [r], entropy [r]) -> scalar
+
+class RowsLoss(Protocol):
+    """The loss of some rows of a chunk; the only thing that passes from the objective to the head."""
+
+    def __call__(self, rows: Tensor, logps: Tensor, entropy: Tensor) -> Tensor:
+        """Return the share of `rows` in the loss, a scalar.
+
+        Args:
+            rows: [b] int64, indices within the chunk.
+            logps: [M], of the trained tokens of these rows, one row after another.
+            entropy: [M] nats.
+        """
+        ...
 
 
 def fused_loss(
     hidden: Tensor,
     head: nn.Linear,
     targets: Tensor,
+    tiles: Sequence[Tensor],
     sizes: Sequence[int],
-    loss_of: LossOfTile,
+    loss: RowsLoss,
     transform: Transform = PLAIN,
     *,
     shaping: Shaping | None = None,
 ) -> Tensor:
-    """Sum over tiles of `loss_of`, a scalar; carries the gradients of `hidden` and of `head`.
+    """Return the sum of `loss` over tiles, a scalar that carries the gradients of `hidden` and `head`.
 
     Args:
-        hidden: [N, H], the rows of a tile next to each other.
+        hidden: [N, H], the states of a tile next to each other.
         targets: [N] int64.
-        sizes: Rows of each tile.
-        shaping: [N] what the sampler did to the logits; None: nothing.
+        tiles: Rows of the chunk ([b] int64) in each tile.
+        sizes: States of each tile; they add up to N.
+        loss: Called once per tile, while the tile's logits are there.
+        shaping: [N] what the sampler did to the logits; None if it did nothing.
     """
     dtype = computing_dtype(hidden, head)
     return _FusedLoss.apply(
-        hidden, head.weight, head.bias, targets, sizes, loss_of, dtype, transform, shaping
+        hidden, head.weight, head.bias, targets, tiles, sizes, loss, dtype, transform, shaping
     )
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, sizes, loss_of, dtype, transform, shaping):
+    def forward(ctx, hidden, weight, bias, targets, tiles, sizes, loss, dtype, transform, shaping):
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = LinearTiles(weight, bias, dtype, transform)
-            total = torch.zeros((), dtype=tiles.wide, device=hidden.device)
-            into_hidden = torch.zeros(hidden.shape, dtype=tiles.wide, device=hidden.device)
-            into_weight = (
-                torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
-            )
-            into_bias = (
-                torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
-            )
-            stop = 0
-            for number, size in enumerate(sizes):
-                rows = slice(stop, stop := stop + size)
-                logps, entropy = tiles.scores(
-                    hidden[rows], targets[rows], None if shaping is None else shaping[rows]
+            head = ChunkedHead(weight, bias, dtype, transform)
+            total = torch.zeros((), dtype=head.wide, device=hidden.device)
+            into_hidden = torch.zeros(hidden.shape, dtype=head.wide, device=hidden.device)
+            into_weight, into_bias = None, None
+            if ctx.needs_input_grad[1]:
+                into_weight = torch.zeros_like(weight, dtype=head.wide)
+            if ctx.needs_input_grad[2]:
+                into_bias = torch.zeros_like(bias, dtype=head.wide)
+
+            start = 0
+            for rows, size in zip(tiles, sizes, strict=True):
+                tile = slice(start, start + size)
+                start += size
+
+                logps, entropy = head.logps_and_entropy(
+                    hidden[tile], targets[tile], None if shaping is None else shaping[tile]
                 )
-                share, into_logps, into_entropy = _loss_and_gradients(
-                    loss_of, number, logps, entropy
-                )
+                share, into_logps, into_entropy = _loss_and_gradients(loss, rows, logps, entropy)
                 total += share
-                if into_logps is not None or into_entropy is not None:
-                    into_logps = torch.zeros_like(logps) if into_logps is None else into_logps
-                    into_hidden[rows] = tiles.gradients(
-                        into_logps, into_entropy, into_weight, into_bias
-                    )
-        ctx.found = [
-            (found, given.dtype)
-            for found, given in ((into_hidden, hidden), (into_weight, weight), (into_bias, bias))
-            if found is not None
-        ]
-        ctx.present = [into_hidden is not None, into_weight is not None, into_bias is not None]
+
+                # A tile without a gradient leaves its hidden states at 0.
+                if into_logps is None and into_entropy is None:
+                    continue
+                if into_logps is None:
+                    into_logps = torch.zeros_like(logps)
+                into_hidden[tile] = head.gradients(into_logps, into_entropy, into_weight, into_bias)
+
+        ctx.gradients = (into_hidden, into_weight, into_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        found, ctx.found = ctx.found, None
-        found = iter([tensor.mul_(grad_outputs[0]).to(dtype) for tensor, dtype in found])
-        return (
-            *(next(found) if present else None for present in ctx.present),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = []
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+            scaled.append(None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype))
+        return (*scaled, *[None] * 7)
 
 
 def _loss_and_gradients(
-    loss_of: LossOfTile, number: int, logps: Tensor, entropy: Tensor
+    loss: RowsLoss, rows: Tensor, logps: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the loss of a tile and its gradients in log-probs and entropies; None for no gradient."""
     with torch.enable_grad():
-        scores = (logps.requires_grad_(), entropy.requires_grad_())
-        share = loss_of(number, *scores)
+        share = loss(rows, logps.requires_grad_(), entropy.requires_grad_())
         if not share.requires_grad:
             return share, None, None
-        into_logps, into_entropy = torch.autograd.grad(share, scores, allow_unused=True)
+        into_logps, into_entropy = torch.autograd.grad(share, (logps, entropy), allow_unused=True)
     return share.detach(), into_logps, into_entropy

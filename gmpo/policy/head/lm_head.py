@@ -13,9 +13,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from gmpo.policy.head.onednn import OneDnnLinear
+from gmpo.unwrap import unwrap, without_ddp
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +50,8 @@ class Float32Head(nn.Linear):
 LINEAR = (nn.Linear, OneDnnLinear, Float32Head)  # matrix products and nothing else
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The causal language model inside of DDP, FSDP, DeepSpeed, torch.compile and adapters."""
-    while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "get_base_model"):
-            return model.get_base_model()  # pyright: ignore
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
-
-
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Within the block `model` runs without dropout and gradients; its mode and random numbers are put back after."""
     training = [module for module in model.modules() if module.training]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -82,7 +70,7 @@ def find_head(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the model has none.
     """
-    causal = unwrapped(model)
+    causal = unwrap(model)
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None  # pyright: ignore
     if head is None:
         raise ValueError(
@@ -98,10 +86,10 @@ def cast_head_to_float32(model: nn.Module) -> None:
     linear = getattr(head, "base_layer", head)
     if type(linear) not in LINEAR:
         raise ValueError(
-            f"cast_lm_head_to_fp32=True needs a linear head, and {type(unwrapped(model)).__name__} has a "
+            f"cast_lm_head_to_fp32=True needs a linear head, and {type(unwrap(model)).__name__} has a "
             f"{type(linear).__name__}. Leave the option out."
         )
-    embedding = unwrapped(model).get_input_embeddings()  # pyright: ignore
+    embedding = unwrap(model).get_input_embeddings()  # pyright: ignore
     if getattr(embedding, "weight", None) is not linear.weight:
         linear.float()
     linear.__class__ = Float32Head
@@ -121,18 +109,13 @@ def replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[N
             head.forward = before
 
 
-def alone(model: nn.Module) -> nn.Module:
-    """`model` without DDP, whose forward pass may wait for that of other ranks."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def find_transform(model: nn.Module, device: torch.device, temperature: float) -> Transform:
     """Scale and soft cap that `model` applies to the output of its head, measured with one token.
 
     Raises:
         ValueError: If the model does something else to its logits, or does not call its head.
     """
-    name = type(unwrapped(model)).__name__
+    name = type(unwrap(model)).__name__
     head = Head(find_head(model))
     wide = torch.float32 if device.type == "mps" else torch.float64
     probe = torch.tensor(
@@ -146,9 +129,9 @@ def find_transform(model: nn.Module, device: torch.device, temperature: float) -
         given.append(probe[None, :, None].repeat(1, 1, head.vocabulary))
         return given[0]
 
-    with undisturbed(model), replaced(head.module, forward):
+    with eval_mode(model), replaced(head.module, forward):
         token = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        answer = alone(model)(input_ids=token, use_cache=False).logits
+        answer = without_ddp(model)(input_ids=token, use_cache=False).logits
     if not given:
         raise ValueError(
             f"{name} does not call its output embeddings to make logits: it can't be scored."

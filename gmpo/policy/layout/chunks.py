@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gmpo.policy.layout.layout import spread
+from gmpo.policy.layout.layout import balance
 from gmpo.types import Batch
 
 TokensOf = Callable[[list[int]], int]  # tokens of these rows after layout
@@ -20,7 +20,8 @@ def cut(batch: Batch, tokens_of: TokensOf, max_tokens: int) -> list[list[int]]:
     sizes = [tokens_of(piece) for piece in pieces]
     for number in range(max(1, min(sum(sizes) // (2 * max_tokens), len(pieces))), len(pieces)):
         sets = [
-            sorted(row for piece in part for row in pieces[piece]) for part in spread(sizes, number)
+            sorted(row for piece in part for row in pieces[piece])
+            for part in balance(sizes, number)
         ]
         if all(len(rows) == 1 or tokens_of(rows) <= max_tokens for rows in sets):
             return sets

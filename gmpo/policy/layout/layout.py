@@ -36,7 +36,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Placement:
     """Where everything goes, in sizes only.  R rows and L columns of the rectangle; B rows of the batch."""
 
     kind: str
@@ -47,7 +47,7 @@ class Plan:
     branches: list[int]  # B completion tokens that go into the model
 
 
-def plan(
+def place(
     batch: Batch,
     kind: str,
     trees: list[list[int]],
@@ -55,7 +55,7 @@ def plan(
     *,
     last_token: bool,
     multiple_of: int = 1,
-) -> Plan:
+) -> Placement:
     """Put trees into rows.
 
     Args:
@@ -69,7 +69,7 @@ def plan(
     sizes = [prompts[tree[0]] + sum(branches[row] for row in tree) for tree in trees]
     rows = arrange(sizes)
     longest = max((sum(sizes[tree] for tree in row) for row in rows), default=1)
-    return Plan(kind, trees, rows, -(-longest // multiple_of) * multiple_of, prompts, branches)
+    return Placement(kind, trees, rows, -(-longest // multiple_of) * multiple_of, prompts, branches)
 
 
 def pack(sizes: Sequence[int], cost: Cost) -> list[list[int]]:
@@ -79,7 +79,7 @@ def pack(sizes: Sequence[int], cost: Cost) -> list[list[int]]:
         sizes: Tokens of each item.
     """
     candidates = sorted({min(int(1.25**power), len(sizes)) for power in range(64)}) if sizes else []
-    options = [spread(sizes, number) for number in candidates]
+    options = [balance(sizes, number) for number in candidates]
     return min(
         options,
         key=lambda rows: cost(len(rows), max(sum(sizes[item] for item in row) for row in rows)),
@@ -87,7 +87,7 @@ def pack(sizes: Sequence[int], cost: Cost) -> list[list[int]]:
     )
 
 
-def spread(sizes: Sequence[int], number: int) -> list[list[int]]:
+def balance(sizes: Sequence[int], number: int) -> list[list[int]]:
     """Items over `number` rows of about equal size: the longest first, each into the row that is emptiest."""
     rows: list[list[int]] = [[] for _ in range(number)]
     filled = [0] * number
@@ -98,18 +98,18 @@ def spread(sizes: Sequence[int], number: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(batch: Batch, plan: Plan) -> Layout:
+def lay_out(batch: Batch, placement: Placement) -> Layout:
     """The tokens of `batch` where `plan` puts them; one token that counts nowhere for a batch of no rows."""
     device = batch.completion_ids.device
     pool = torch.cat(
-        [*(batch.prompt_ids[tree[0]] for tree in plan.trees), batch.completion_ids.flatten()]
+        [*(batch.prompt_ids[tree[0]] for tree in placement.trees), batch.completion_ids.flatten()]
     )
-    segments, last_prompt_token, branch_start = _segments(plan, batch.completion_ids.shape[1])
+    segments, last_prompt_token, branch_start = _segments(placement, batch.completion_ids.shape[1])
     start, length, origin, tree, branch, position, weight = (
         torch.tensor(segments, dtype=torch.int64).view(-1, 7).T
     )
     places = ranges(start, length).to(device)
-    size = (max(len(plan.rows), 1), plan.columns)
+    size = (max(len(placement.rows), 1), placement.columns)
 
     def filled(values: Tensor, background: int) -> Tensor:
         flat = torch.full((size[0] * size[1],), background, dtype=torch.int64, device=device)
@@ -119,35 +119,37 @@ def lay_out(batch: Batch, plan: Plan) -> Layout:
     return Layout(
         input_ids=filled(pool[ranges(origin, length).to(device)], 0),
         position_ids=filled(ranges(position, length), 0),
-        tree=filled(tree.repeat_interleave(length), -1 if plan.trees else 0),
+        tree=filled(tree.repeat_interleave(length), -1 if placement.trees else 0),
         branch=filled(branch.repeat_interleave(length), 0),
         weight=filled(weight.repeat_interleave(length), 0).float(),
         source=_sources(batch, last_prompt_token, branch_start),
-        kind=plan.kind,
+        kind=placement.kind,
     )
 
 
-def _segments(plan: Plan, width: int) -> tuple[list[tuple[int, ...]], list[int], list[int]]:
+def _segments(
+    placement: Placement, width: int
+) -> tuple[list[tuple[int, ...]], list[int], list[int]]:
     """Runs of tokens: (place, length, origin in the token pool, tree, branch, position, weight).
 
     Also, for each row of the batch, the places of the last token of its prompt and of the first of its completion.
     """
     prompt_origin, origin = [], 0
-    for tree in plan.trees:
+    for tree in placement.trees:
         prompt_origin.append(origin)
-        origin += plan.prompts[tree[0]]
+        origin += placement.prompts[tree[0]]
     segments = []
-    last_prompt_token, branch_start = [0] * len(plan.prompts), [0] * len(plan.prompts)
-    for number, row in enumerate(plan.rows):
-        place = number * plan.columns
+    last_prompt_token, branch_start = [0] * len(placement.prompts), [0] * len(placement.prompts)
+    for number, row in enumerate(placement.rows):
+        place = number * placement.columns
         for tree in row:
-            members = plan.trees[tree]
-            prompt = plan.prompts[members[0]]
+            members = placement.trees[tree]
+            prompt = placement.prompts[members[0]]
             segments.append((place, prompt, prompt_origin[tree], tree, 0, 0, len(members)))
             place += prompt
             last = place - 1
             for branch, member in enumerate(members, start=1):
-                length = plan.branches[member]
+                length = placement.branches[member]
                 segments.append((place, length, origin + member * width, tree, branch, prompt, 1))
                 last_prompt_token[member], branch_start[member] = last, place
                 place += length
@@ -162,10 +164,10 @@ def _sources(batch: Batch, last_prompt_token: list[int], branch_start: list[int]
     return torch.where(token < batch.lengths.to(device)[:, None], source, 0)
 
 
-def padded(batch: Batch, *, last_token: bool = False, multiple_of: int | None = None) -> Plan:
+def padded(batch: Batch, *, last_token: bool = False, multiple_of: int | None = None) -> Placement:
     """`batch` as it is.  Padding comes last, where no real token sees it, whatever a model makes of its mask."""
     trees = [[row] for row in range(len(batch))]
-    return plan(
+    return place(
         batch,
         "padded",
         trees,
@@ -175,18 +177,18 @@ def padded(batch: Batch, *, last_token: bool = False, multiple_of: int | None = 
     )
 
 
-def packed(batch: Batch, cost: Cost, *, last_token: bool = False) -> Plan:
+def packed(batch: Batch, cost: Cost, *, last_token: bool = False) -> Placement:
     """`batch` in the cheapest rectangle of whole rows."""
     trees = [[row] for row in range(len(batch))]
-    return plan(batch, "packed", trees, lambda sizes: pack(sizes, cost), last_token=last_token)
+    return place(batch, "packed", trees, lambda sizes: pack(sizes, cost), last_token=last_token)
 
 
-def shared_prefix(batch: Batch, cost: Cost, *, last_token: bool = False) -> Plan:
+def shared_prefix(batch: Batch, cost: Cost, *, last_token: bool = False) -> Placement:
     """`batch` in the cheapest rectangle of whole groups: rows whose prompt is the same tensor object."""
     trees: dict[int, list[int]] = {}
     for row, prompt in enumerate(batch.prompt_ids):
         trees.setdefault(id(prompt), []).append(row)
     groups = list(trees.values())
-    return plan(
+    return place(
         batch, "shared_prefix", groups, lambda sizes: pack(sizes, cost), last_token=last_token
     )

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.head.lm_head import unwrapped
-from gmpo.policy.layout.layout import Cost, Plan, packed, padded, shared_prefix
+from gmpo.policy.layout.layout import Cost, Placement, packed, padded, shared_prefix
 from gmpo.policy.layout.masks import FORMS, VISIBILITY, layer_kinds
 from gmpo.policy.settings import PolicySettings
 from gmpo.types import Batch
+from gmpo.unwrap import unwrap
 
 LogpsOf = Callable[
-    [Batch, Plan], tuple[Tensor, torch.dtype]
+    [Batch, Placement], tuple[Tensor, torch.dtype]
 ]  # log-probs [B, T], and how the model computed
 OTHERS = ("packed", "shared_prefix")
 
@@ -37,14 +37,16 @@ class Verdict:
     hidden_size: int
 
 
-class Layouts:
+class LayoutSelector:
     """Chooses layouts; remembers what each kind of model supports."""
 
     def __init__(self, settings: PolicySettings):
         self.settings = settings
         self.verdicts: dict[str, Verdict] = {}
 
-    def plan(self, model: nn.Module, batch: Batch, logps_of: LogpsOf, *, last_token: bool) -> Plan:
+    def choose(
+        self, model: nn.Module, batch: Batch, logps_of: LogpsOf, *, last_token: bool
+    ) -> Placement:
         """The cheapest layout of `batch` that `model` supports.  The first call for a kind of model checks it.
 
         Args:
@@ -55,7 +57,7 @@ class Layouts:
         """
         if self.settings.batch_layout == "padded":
             return self._cheapest(batch, ["padded"], 1, last_token)
-        causal = unwrapped(model)
+        causal = unwrap(model)
         config: Any = causal.config.get_text_config()  # pyright: ignore
         key = f"{type(causal).__name__} with {config._attn_implementation} attention"
         if key not in self.verdicts:
@@ -99,7 +101,9 @@ class Layouts:
         )
         return [kind for kind in wanted if kind not in verdict.refused]
 
-    def _cheapest(self, batch: Batch, kinds: list[str], hidden_size: int, last_token: bool) -> Plan:
+    def _cheapest(
+        self, batch: Batch, kinds: list[str], hidden_size: int, last_token: bool
+    ) -> Placement:
         cost = cost_of(hidden_size)
         ways = {
             "padded": partial(padded, multiple_of=self.settings.pad_to_multiple_of),
@@ -107,7 +111,7 @@ class Layouts:
             "shared_prefix": partial(shared_prefix, cost=cost),
         }
         plans = [ways[kind](batch, last_token=last_token) for kind in kinds]
-        return min(plans, key=lambda plan: cost(len(plan.rows), plan.columns))
+        return min(plans, key=lambda placement: cost(len(placement.rows), placement.columns))
 
     def _check(self, model: nn.Module, batch: Batch, logps_of: LogpsOf) -> dict[str, str]:
         """Why not, for each layout in question that `model` does not support.
@@ -115,7 +119,7 @@ class Layouts:
         Each rank judges by its own rows, after the same number of forward passes on all of them.
         """
         kinds = OTHERS if self.settings.batch_layout == "auto" else (self.settings.batch_layout,)
-        reason = why_not(model)
+        reason = unsupported_reason(model)
         if reason is not None:
             return dict.fromkeys(kinds, reason)
         rows = check_rows(batch)
@@ -159,9 +163,9 @@ def _fault(
     return f"its log-probs differ by {gap:.2g} nats from those of 'padded' on average, more than {limit:g}"
 
 
-def why_not(model: nn.Module) -> str | None:
+def unsupported_reason(model: nn.Module) -> str | None:
     """Why `model` can't run anything but the plain rectangle; None if nothing speaks against it."""
-    causal = unwrapped(model)
+    causal = unwrap(model)
     config: Any = causal.config.get_text_config()  # pyright: ignore
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return "the model takes no position_ids"
@@ -211,7 +215,7 @@ def check_rows(batch: Batch) -> Batch:
         completion_ids=ids,
         lengths=lengths,
         mask=torch.arange(ids.shape[1], device=device) < lengths[:, None],
-        num_written=lengths,
+        num_completion_tokens=lengths,
         advantages=torch.zeros(4, device=device),
         group=torch.tensor([0, 0, 1, 1], device=device),
     )

@@ -225,7 +225,7 @@ class SharedPrefixCache(Cache):
         key: Tensor,
         value: Tensor,
         window: int | None,
-        how: "Scoring",
+        how: "AttentionParams",
     ) -> Tensor:
         """Store keys and values, and attend to all that each token sees.
 
@@ -252,7 +252,7 @@ class SharedPrefixCache(Cache):
         key: Tensor,
         value: Tensor,
         window: int | None,
-        how: "Scoring",
+        how: "AttentionParams",
     ) -> Tensor:
         """Prefill: every prompt attends to itself, causally.  [N, Hq, D]."""
         assert self._prefill is not None
@@ -279,7 +279,7 @@ class SharedPrefixCache(Cache):
         key: Tensor,
         value: Tensor,
         window: int | None,
-        how: "Scoring",
+        how: "AttentionParams",
     ) -> Tensor:
         """One new token per row.  [R, Hq, D]."""
         rows, heads = key.shape[2], key.shape[1]
@@ -306,7 +306,7 @@ class SharedPrefixCache(Cache):
         return how.drained(output.reshape(rows, -1, output.shape[-1]), lse.reshape(rows, -1))
 
     def _prompt_part(
-        self, layer: int, query: Tensor, span: slice, bias: Tensor | None, how: "Scoring"
+        self, layer: int, query: Tensor, span: slice, bias: Tensor | None, how: "AttentionParams"
     ) -> tuple[Tensor, Tensor]:
         """Attention of [R, Hk, r, D] queries to their prompts: the rows of a prompt form one matrix per head."""
         store, groups = self.prompts[layer], self._grouping
@@ -375,7 +375,7 @@ class SharedPrefixCache(Cache):
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
+class AttentionParams:
     """How a layer weighs what it sees."""
 
     scale: float
@@ -390,7 +390,7 @@ class Scoring:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, how: Scoring
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, how: AttentionParams
 ) -> Tensor:
     """Attention of a text to itself, all of [1, H, N, D]."""
     length = query.shape[2]
@@ -412,7 +412,7 @@ def causal_attention(
 
 
 def part_of_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, how: Scoring
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, how: AttentionParams
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and the log-sum-exp of its scores.
 
@@ -495,7 +495,9 @@ def shared_prefix_attention(
         key,
         value,
         kwargs["sliding_window"] if "sliding_window" in kwargs else configured_window(module),
-        Scoring(scaling, kwargs.get("softcap") if cache.softcaps else None, kwargs.get("s_aux")),
+        AttentionParams(
+            scaling, kwargs.get("softcap") if cache.softcaps else None, kwargs.get("s_aux")
+        ),
     )
     return output, None
 

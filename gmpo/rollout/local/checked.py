@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from gmpo.rollout.engine import Completion, Engine, Request, Sampling
-from gmpo.rollout.generation_mode import without_adapter_shell
 from gmpo.rollout.local.hf_generate import GenerateEngine
-from gmpo.rollout.local.shared_prefix import SharedPrefixEngine, obstacle
+from gmpo.rollout.local.shared_prefix import SharedPrefixEngine, unsupported_reason
+from gmpo.unwrap import without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class CheckedEngine:
 
     def _choose(self, requests: Sequence[Request], sampling: Sampling) -> Engine:
         prompt = requests[0].prompt.ids if requests else self.shared.eos
-        reason = obstacle(
+        reason = unsupported_reason(
             self.shared.policy(), sampling, gather=self.shared.gather
         ) or self._failure(prompt)
         if reason is None:
@@ -63,7 +63,7 @@ class CheckedEngine:
         return self.otherwise
 
     def _failure(self, prompt: Sequence[int]) -> str | None:
-        dtype = without_adapter_shell(self.shared.policy()).dtype
+        dtype = without_adapter(self.shared.policy()).dtype
         tolerance = (
             HALF_TOLERANCE
             if self.shared.autocast is not None

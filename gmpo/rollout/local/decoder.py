@@ -11,7 +11,7 @@ from torch import Tensor
 from gmpo.rollout.engine import Request
 from gmpo.rollout.local.cache import SharedPrefixCache, attention_over
 from gmpo.rollout.local.sampler import Sampler
-from gmpo.rollout.local.sequence import Draft, Ending, drafts
+from gmpo.rollout.local.sequence import GrowingSequence, StopCriteria, new_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +33,24 @@ class Decoder:
         limits: Bounds of memory.
     """
 
-    def __init__(self, model: Any, sampler: Sampler, ending: Ending, limits: Limits) -> None:
+    def __init__(
+        self, model: Any, sampler: Sampler, stop_criteria: StopCriteria, limits: Limits
+    ) -> None:
         self.model = model
         self.sampler = sampler
-        self.ending = ending
+        self.stop_criteria = stop_criteria
         self.limits = limits
         self.device = model.device
         self.cache = SharedPrefixCache(
             model.config.get_text_config().num_hidden_layers, self.device
         )
         self.prompts: list[Request] = []  # in the cache, in its order
-        self.rows: list[Draft] = []  # being written, in the cache's order
-        self.ready: deque[Draft] = deque()  # prompt read, first token drawn, no row yet
+        self.rows: list[GrowingSequence] = []  # being written, in the cache's order
+        self.ready: deque[GrowingSequence] = deque()  # prompt read, first token drawn, no row yet
 
-    def write(self, requests: Sequence[Request]) -> list[list[Draft]]:
+    def write(self, requests: Sequence[Request]) -> list[list[GrowingSequence]]:
         """Finished drafts of each request."""
-        samples = [drafts(request) for request in requests]
+        samples = [new_sequences(request) for request in requests]
         # Prompts of one length are read and forgotten together, so that little of the prompts' rectangle is empty.
         waiting = deque(sorted(samples, key=lambda group: -len(group[0].request.prompt.ids)))
         with attention_over(self.model, self.cache):
@@ -60,7 +62,7 @@ class Decoder:
 
     # -- rows enter and leave -----------------------------------------------------------------------------------------
 
-    def _admit(self, waiting: deque[list[Draft]]) -> None:
+    def _admit(self, waiting: deque[list[GrowingSequence]]) -> None:
         """Let rows enter while there is room, reading prompts as needed."""
         while True:
             while self.ready and (not self.rows or self._fits(0, len(self.rows) + 1)):
@@ -70,10 +72,10 @@ class Decoder:
                 return
             self._read(batch)
 
-    def _enter(self, draft: Draft) -> None:
-        number = next(n for n, request in enumerate(self.prompts) if request is draft.request)
+    def _enter(self, sequence: GrowingSequence) -> None:
+        number = next(n for n, request in enumerate(self.prompts) if request is sequence.request)
         self.cache.enter([number])
-        self.rows.append(draft)
+        self.rows.append(sequence)
 
     def _leave(self) -> None:
         """Let go of finished rows."""
@@ -84,19 +86,23 @@ class Decoder:
 
     def _forget(self) -> None:
         """Let go of prompts that nobody needs any more."""
-        needed = {id(draft.request) for draft in (*self.rows, *self.ready)}
+        needed = {id(sequence.request) for sequence in (*self.rows, *self.ready)}
         idle = [number for number, request in enumerate(self.prompts) if id(request) not in needed]
         if idle:
             self.prompts = [self.prompts[number] for number in self.cache.forget(idle)]
 
     def _fits(self, prompt_tokens: int, rows: int) -> bool:
         """Whether this many rows may be at work, with so many tokens of further prompts."""
-        tokens = prompt_tokens + sum(self.cache.prompt_lengths) + rows * self.ending.max_new_tokens
+        tokens = (
+            prompt_tokens
+            + sum(self.cache.prompt_lengths)
+            + rows * self.stop_criteria.max_new_tokens
+        )
         return rows <= self.limits.rows and tokens <= self.limits.cache_tokens
 
-    def _next_prompts(self, waiting: deque[list[Draft]]) -> list[list[Draft]]:
+    def _next_prompts(self, waiting: deque[list[GrowingSequence]]) -> list[list[GrowingSequence]]:
         """Groups whose prompts to read now: those of which a row at least finds room."""
-        batch: list[list[Draft]] = []
+        batch: list[list[GrowingSequence]] = []
         tokens, rows = 0, len(self.rows)
         while waiting and not self.ready:
             length, count = len(waiting[0][0].request.prompt.ids), len(waiting[0])
@@ -113,7 +119,7 @@ class Decoder:
 
     # -- forward passes -----------------------------------------------------------------------------------------------
 
-    def _read(self, groups: list[list[Draft]]) -> None:
+    def _read(self, groups: list[list[GrowingSequence]]) -> None:
         """Run the prompts through the model, one after another in one pass, and draw the first token of each draft."""
         requests = [group[0].request for group in groups]
         lengths = [len(request.prompt.ids) for request in requests]
@@ -123,7 +129,7 @@ class Decoder:
         with self.cache.reading(lengths):
             logits = packed_logits(self.model, self.cache, ids, positions, keep=last)  # [groups, V]
         self.prompts += requests
-        rows = [draft for group in groups for draft in group]
+        rows = [sequence for group in groups for sequence in group]
         group_of = torch.tensor(
             [n for n, group in enumerate(groups) for _ in group], device=self.device
         )
@@ -140,8 +146,8 @@ class Decoder:
         self._write(logits, self.rows)
         self._leave()
 
-    def _write(self, logits: Tensor, rows: Sequence[Draft]) -> None:
-        self.sampler.choose(logits, rows).record(rows, self.ending)
+    def _write(self, logits: Tensor, rows: Sequence[GrowingSequence]) -> None:
+        self.sampler.choose(logits, rows).record(rows, self.stop_criteria)
 
 
 def packed_logits(

@@ -9,8 +9,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from gmpo.rollout.engine import Completion, Request, Sampling
-from gmpo.rollout.generation_mode import Autocast, generating, without_adapter_shell
+from gmpo.rollout.generation_mode import Autocast, generating
 from gmpo.sharding import sharded
+from gmpo.unwrap import without_adapter
 
 SAMPLING = ("max_new_tokens", "temperature", "eos_token_id")  # what generation_kwargs may hold here
 OWN = ("return_logprobs", "seed")  # options of ContinuousBatchingConfig that this engine sets
@@ -66,7 +67,7 @@ class ContinuousEngine:
             )
         prompts = [request.prompt.ids for request in requests for _ in range(request.count)]
         seed = hash(tuple((request.seed, request.first) for request in requests)) % 2**31
-        model = without_adapter_shell(policy)
+        model = without_adapter(policy)
         with (
             torch.random.fork_rng(),
             generating(policy, autocast=self.autocast, gather=self.gather),

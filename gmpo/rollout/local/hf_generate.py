@@ -14,11 +14,12 @@ from transformers import (
 )
 
 from gmpo.rollout.engine import Completion, Request, Sampling
-from gmpo.rollout.generation_mode import Autocast, generating, without_adapter_shell
-from gmpo.rollout.local.sampler import LOOP_OPTIONS, Sampler, ending, sampling_config
-from gmpo.rollout.local.sequence import Draft, Ending, drafts
+from gmpo.rollout.generation_mode import Autocast, generating
+from gmpo.rollout.local.sampler import LOOP_OPTIONS, Sampler, sampling_config, stop_criteria
+from gmpo.rollout.local.sequence import GrowingSequence, StopCriteria, new_sequences
 from gmpo.sharding import sharded
 from gmpo.types import Prompt
+from gmpo.unwrap import without_adapter
 
 
 class GenerateEngine:
@@ -83,12 +84,12 @@ class GenerateEngine:
         *,
         meeting: bool,
     ) -> list[list[Completion]]:
-        model = without_adapter_shell(self.policy())
+        model = without_adapter(self.policy())
         device = model.device
-        samples = [drafts(request) for request in requests]
-        rows = [draft for group in samples for draft in group]
+        samples = [new_sequences(request) for request in requests]
+        rows = [sequence for group in samples for sequence in group]
         sampler = Sampler(model, config, device=device, logps_support=sampling.logps_support)
-        turn = Turn(rows, sampler, ending(config, self.tokenizer))
+        turn = GenerateCall(rows, sampler, stop_criteria(config, self.tokenizer))
         ids, mask = left_padded([row.request.prompt.ids for row in rows], self.pad, device)
         model.generate(
             input_ids=ids,
@@ -98,7 +99,7 @@ class GenerateEngine:
             stopping_criteria=StoppingCriteriaList([AllFinished(turn)]),
             synced_gpus=meeting,
         )
-        return [[draft.completion() for draft in group] for group in samples]
+        return [[sequence.completion() for sequence in group] for group in samples]
 
     def _loop_config(self, config: GenerationConfig) -> GenerationConfig:
         options = {
@@ -113,13 +114,15 @@ class GenerateEngine:
         )
 
 
-class Turn:
+class GenerateCall:
     """The rows of one `generate` call, between the processor that chooses and the criterion that ends."""
 
-    def __init__(self, rows: list[Draft], sampler: Sampler, ending: Ending) -> None:
+    def __init__(
+        self, rows: list[GrowingSequence], sampler: Sampler, stop_criteria: StopCriteria
+    ) -> None:
         self.rows = rows
         self.sampler = sampler
-        self.ending = ending
+        self.stop_criteria = stop_criteria
 
     def step(self, logits: Tensor) -> Tensor:
         """Choose and record the next token of every unfinished row; [R], 0 for finished ones."""
@@ -131,14 +134,14 @@ class Turn:
         rows = [self.rows[number] for number in live]
         choice = self.sampler.choose(logits[index], rows)
         tokens[index] = choice.tokens
-        choice.record(rows, self.ending)
+        choice.record(rows, self.stop_criteria)
         return tokens
 
 
 class Take(LogitsProcessor):
     """Makes the token that the turn chose the only possible one."""
 
-    def __init__(self, turn: Turn) -> None:
+    def __init__(self, turn: GenerateCall) -> None:
         self.turn = turn
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ class Take(LogitsProcessor):
 
 
 class AllFinished(StoppingCriteria):
-    def __init__(self, turn: Turn) -> None:
+    def __init__(self, turn: GenerateCall) -> None:
         self.turn = turn
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process
 
 from gmpo.rollout.engine import Sampling
-from gmpo.rollout.local.sequence import Draft, Ending
+from gmpo.rollout.local.sequence import GrowingSequence, StopCriteria
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.token_sets import TokenList
 
@@ -142,11 +142,11 @@ class Choice:
     logps: Tensor  # [R] float32
     supports: Sequence[TokenList | None]  # R, what each was drawn from; None: all, or not asked for
 
-    def record(self, rows: Sequence[Draft], ending: Ending) -> None:
+    def record(self, rows: Sequence[GrowingSequence], stop_criteria: StopCriteria) -> None:
         """Append the tokens to the drafts."""
         chosen = zip(rows, self.tokens.tolist(), self.logps.tolist(), self.supports, strict=True)
         for row, token, logp, support in chosen:
-            ending.add(row, token, logp, support)
+            stop_criteria.add(row, token, logp, support)
 
 
 class Sampler:
@@ -183,7 +183,7 @@ class Sampler:
         self.blind: Any = shared if all(isinstance(p, BLIND_PROCESSORS) for p in shared) else None
 
     @torch.no_grad()
-    def choose(self, logits: Tensor, rows: Sequence[Draft]) -> Choice:
+    def choose(self, logits: Tensor, rows: Sequence[GrowingSequence]) -> Choice:
         """The next token of each row.
 
         Args:
@@ -208,13 +208,13 @@ class Sampler:
             tokens, scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1), supports
         )
 
-    def _pick(self, probabilities: Tensor, rows: Sequence[Draft]) -> Tensor:
+    def _pick(self, probabilities: Tensor, rows: Sequence[GrowingSequence]) -> Tensor:
         if self.greedy:
             return probabilities.argmax(-1)
         numbers = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64)
         return invert(probabilities, numbers.to(probabilities.device))
 
-    def _processed(self, scores: Tensor, rows: Sequence[Draft]) -> Tensor:
+    def _processed(self, scores: Tensor, rows: Sequence[GrowingSequence]) -> Tensor:
         """Scores after all processors, [R, V].  Those that read tokens get rows of one length at a time, unpadded."""
         if self.blind is not None:
             return self.blind(
@@ -282,10 +282,10 @@ def below(value: Tensor, bound: Tensor) -> Tensor:
     return torch.minimum(value, torch.nextafter(bound, torch.zeros_like(bound)))
 
 
-def ending(config: GenerationConfig, tokenizer: Any) -> Ending:
+def stop_criteria(config: GenerationConfig, tokenizer: Any) -> StopCriteria:
     """What ends a completion, by the options of `sampling_config`."""
     stops = config.stop_strings or ()
-    return Ending(
+    return StopCriteria(
         config.eos_token_id,  # type: ignore[arg-type]
         config.max_new_tokens,  # type: ignore[arg-type]
         [stops] if isinstance(stops, str) else stops,

@@ -14,7 +14,7 @@ BLOCK = 256  # random numbers drawn at a time
 
 
 @dataclass(slots=True, eq=False)
-class Draft:
+class GrowingSequence:
     """One sample of a request, growing token by token."""
 
     request: Request
@@ -40,10 +40,10 @@ class Draft:
         )
 
 
-def drafts(request: Request) -> list[Draft]:
+def new_sequences(request: Request) -> list[GrowingSequence]:
     """The `count` empty samples of a request, each with its own random numbers."""
     numbers = range(request.first, request.first + request.count)
-    return [Draft(request, uniforms(request.seed, number)) for number in numbers]
+    return [GrowingSequence(request, uniforms(request.seed, number)) for number in numbers]
 
 
 def uniforms(seed: int, number: int) -> Iterator[float]:
@@ -57,7 +57,7 @@ def uniforms(seed: int, number: int) -> Iterator[float]:
         yield from torch.rand(BLOCK, dtype=torch.float64, generator=generator).tolist()
 
 
-class Ending:
+class StopCriteria:
     """Decides when a completion is finished.
 
     Args:
@@ -82,16 +82,18 @@ class Ending:
         # Every token of text adds at least one byte; the margin covers special tokens, which may decode to nothing.
         self.tail = max((len(text.encode()) for text in self.stop_strings), default=0) + 8
 
-    def add(self, draft: Draft, token: int, logp: float, support: TokenList | None = None) -> None:
+    def add(
+        self, sequence: GrowingSequence, token: int, logp: float, support: TokenList | None = None
+    ) -> None:
         """Append a token, and say so in the draft if that finishes it."""
-        draft.ids.append(token)
-        draft.logps.append(logp)
-        draft.supports.append(support)
-        if token in self.eos or (self.stop_strings and self._stopped(draft)):
-            draft.finish_reason = "stop"
-        elif len(draft.ids) >= self.max_new_tokens:
-            draft.finish_reason = "length"
+        sequence.ids.append(token)
+        sequence.logps.append(logp)
+        sequence.supports.append(support)
+        if token in self.eos or (self.stop_strings and self._stopped(sequence)):
+            sequence.finish_reason = "stop"
+        elif len(sequence.ids) >= self.max_new_tokens:
+            sequence.finish_reason = "length"
 
-    def _stopped(self, draft: Draft) -> bool:
-        text = self.decode(draft.ids[-self.tail :])  # type: ignore[misc]
+    def _stopped(self, sequence: GrowingSequence) -> bool:
+        text = self.decode(sequence.ids[-self.tail :])  # type: ignore[misc]
         return any(stop in text for stop in self.stop_strings)

@@ -6,16 +6,12 @@ from typing import Any
 import torch
 
 from gmpo.rollout.engine import Completion, Request, Sampling
-from gmpo.rollout.generation_mode import (
-    Autocast,
-    generating,
-    prompt_learning,
-    without_adapter_shell,
-)
+from gmpo.rollout.generation_mode import Autocast, generating
 from gmpo.rollout.local.cache import SharedPrefixCache, attention_over
 from gmpo.rollout.local.decoder import Decoder, Limits, packed_logits
-from gmpo.rollout.local.sampler import LOOP_OPTIONS, Sampler, ending, sampling_config
+from gmpo.rollout.local.sampler import LOOP_OPTIONS, Sampler, sampling_config, stop_criteria
 from gmpo.sharding import sharded
+from gmpo.unwrap import uses_prompt_learning, without_adapter
 
 CHECKED = 24  # tokens of the check: the more there are, the less one that is unseen weighs
 
@@ -62,15 +58,15 @@ class SharedPrefixEngine:
         first half is read as a prompt and the second as two completions of it.
         """
         policy = self.policy()
-        model = without_adapter_shell(policy)
+        model = without_adapter(policy)
         tokens = (list(prompt) * CHECKED)[:CHECKED]
         half = CHECKED // 2
         with generating(policy, autocast=self.autocast, gather=self.gather):
-            whole = model(
+            expected = model(
                 input_ids=torch.tensor([tokens], device=model.device), use_cache=False
             ).logits
             got = forced(model, tokens[:half], tokens[half:])
-        return distance(whole[0, half - 1 :, None], got)
+        return distance(expected[0, half - 1 :, None], got)
 
     def publish(self, version: int) -> None:
         """Nothing to do: the module is the trainer's own."""
@@ -81,7 +77,7 @@ class SharedPrefixEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Every rank must call where the policy is sharded, be it with nothing to do."""
         policy = self.policy()
-        model = without_adapter_shell(policy)
+        model = without_adapter(policy)
         config = sampling_config(sampling, self.eos)
         with generating(policy, autocast=self.autocast, gather=self.gather):
             if not requests:
@@ -90,8 +86,10 @@ class SharedPrefixEngine:
             sampler = Sampler(
                 model, config, device=model.device, logps_support=sampling.logps_support
             )
-            groups = Decoder(model, sampler, ending(config, self.tokenizer), limits).write(requests)
-        return [[draft.completion() for draft in group] for group in groups]
+            groups = Decoder(model, sampler, stop_criteria(config, self.tokenizer), limits).write(
+                requests
+            )
+        return [[sequence.completion() for sequence in group] for group in groups]
 
     def _cache_tokens(self, model: Any) -> int:
         room = self.cache_bytes
@@ -129,11 +127,11 @@ def distance(expected: torch.Tensor, got: torch.Tensor) -> float:
     return float(gap.sum(-1).mean())
 
 
-def obstacle(model: Any, sampling: Sampling, *, gather: bool = True) -> str | None:
+def unsupported_reason(model: Any, sampling: Sampling, *, gather: bool = True) -> str | None:
     """Why the shared-prefix engine can't serve this model or these options; None: it can, as far as one can see."""
-    if prompt_learning(model):
+    if uses_prompt_learning(model):
         return "the adapter learns virtual prompt tokens"
-    model = without_adapter_shell(model)
+    model = without_adapter(model)
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {
         "full_attention",

@@ -17,7 +17,7 @@ from gmpo import distributed
 from gmpo.option import advice
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.exactness import ExactnessCheck, computing_dtype, prompt_logps
-from gmpo.rollout.generation_mode import Autocast, without_adapter_shell
+from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.inside.worker import CPU_BLOCK, NAME, register
 from gmpo.rollout.vllm.sampling import (
@@ -28,8 +28,9 @@ from gmpo.rollout.vllm.sampling import (
     vllm_sampling,
 )
 from gmpo.rollout.vllm.transfer.send import ByReference, new_run, policy_weights, send
-from gmpo.rollout.weights.adapters import adapter_obstacle, write_adapter
+from gmpo.rollout.weights.adapters import adapter_unsupported_reason, write_adapter
 from gmpo.rollout.weights.named import description
+from gmpo.unwrap import without_adapter
 
 
 class ColocatedEngine:
@@ -107,7 +108,7 @@ class ColocatedEngine:
         self._wake("weights")
         self.version = None
         tag = f"{self.run}:{version}"
-        if self.takes_adapters and adapter_obstacle(self.policy()) is None:
+        if self.takes_adapters and adapter_unsupported_reason(self.policy()) is None:
             self._publish_adapter(tag, version)
         else:
             self._publish_weights(tag, merge=True)
@@ -176,7 +177,7 @@ class ColocatedEngine:
         self._folder.cleanup()
 
     def _run(self, prompts: list[Any], params: list[Any]) -> list[Any]:
-        with undisturbed():
+        with preserve_rng():
             return self.llm.generate(prompts, params, use_tqdm=False, lora_request=self.adapter)
 
     def _requests_of_group(self, requests: Sequence[Request]) -> tuple[slice, list[Request]]:
@@ -185,7 +186,7 @@ class ColocatedEngine:
         if size == 1:
             return slice(None), list(requests)
         first = distributed.rank() // size * size
-        lists = distributed.gathered_objects(list(requests))[first : first + size]
+        lists = distributed.all_gather_objects(list(requests))[first : first + size]
         before = sum(len(part) for part in lists[: distributed.rank() - first])
         return slice(before, before + len(requests)), [
             request for part in lists for request in part
@@ -267,11 +268,11 @@ def start(
         folder: Gets the model's config and tokenizer, which is all that vLLM reads from disk.
     """
     check_ranks(settings.vllm_tensor_parallel_size)
-    without_adapter_shell(policy).config.save_pretrained(folder)
+    without_adapter(policy).config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, not in one of its own
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    with undisturbed():
+    with preserve_rng():
         try:
             from vllm import LLM
         except ImportError as error:
@@ -325,7 +326,7 @@ def engine_arguments(
     overrides = dict(extra.pop("hf_overrides", {}))
     if getattr(settings, "cast_lm_head_to_fp32", False):
         overrides.setdefault("head_dtype", "float32")
-    on_cpu = without_adapter_shell(policy).device.type == "cpu"
+    on_cpu = without_adapter(policy).device.type == "cpu"
     return {
         **(ON_CPUS if on_cpu else {}),
         **{name: getattr(settings, ours) for name, ours in OPTIONS.items()},
@@ -353,7 +354,7 @@ def engine_dtype(settings: RolloutSettings, policy: Any, autocast: Autocast | No
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Within the block vLLM may seed and rewire what it likes; the trainer's random numbers and threads stay."""
     threads, python, array = torch.set_num_threads, random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from gmpo import distributed
+from gmpo.distributed import RankError, raise_on_all_ranks
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.exactness import ExactnessCheck, prompt_logps
 from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm.errors import FirstFailure, VllmFault, raise_together
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.client import Client
 from gmpo.rollout.vllm.http.fleet import Fleet
 from gmpo.rollout.vllm.sampling import (
@@ -36,7 +37,7 @@ from gmpo.rollout.vllm.transfer.send import (
     send,
     shared_folder,
 )
-from gmpo.rollout.weights.adapters import adapter_obstacle, write_adapter
+from gmpo.rollout.weights.adapters import adapter_unsupported_reason, write_adapter
 from gmpo.rollout.weights.named import description
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class ServerEngine:
         self.policy = policy
         self.eos = tuple(eos)
         self.leads = distributed.rank() == 0
-        self.run = distributed.gathered_objects(new_run())[0]
+        self.run = distributed.all_gather_objects(new_run())[0]
         self.fleet = Fleet.of(settings)
         self.wanted = 0  # version of the weights that the next completions must come from
         self._connect(settings.vllm_server_timeout)
@@ -89,14 +90,13 @@ class ServerEngine:
 
     def _connect(self, seconds: float) -> None:
         """Find the servers; none of them has weights of ours then.  Every rank must call."""
-        first = FirstFailure()
-        first.run(self.fleet.connect, seconds)
-        if self.leads and first.error is None and self.fleet.is_ours:
-            first.run(
-                self.fleet.init_weight_transfer_engine,
-                {"model": description(self.policy()), "logits_scale": 1.0},
-            )
-        raise_together(first.error, "reach the vLLM server")
+        with raise_on_all_ranks("reach the vLLM server"):
+            self.fleet.connect(seconds)
+            if self.leads and self.fleet.is_ours:
+                self.fleet.init_weight_transfer_engine(
+                    {"model": description(self.policy()), "logits_scale": 1.0}
+                )
+
         self.version: int | None = None  # that the servers have
         self.checked = False  # whether they compute what is trained
         self.scale = 1.0
@@ -123,7 +123,7 @@ class ServerEngine:
                 if self.version != self.wanted:
                     self._publish(self.wanted)
                 return work()
-            except VllmFault as fault:
+            except (VllmError, RankError) as fault:
                 if (
                     not fault.lost
                     or not self.settings.vllm_server_reconnect
@@ -144,7 +144,7 @@ class ServerEngine:
         tag = f"{self.run}:{version}"
         if not self.checked:
             self._forget()
-        if self.fleet.facts[0].takes_adapters and adapter_obstacle(self.policy()) is None:
+        if self.fleet.facts[0].takes_adapters and adapter_unsupported_reason(self.policy()) is None:
             self._publish_adapter(tag, version)
         else:
             self._publish_weights(tag, merge=True)
@@ -168,19 +168,16 @@ class ServerEngine:
 
     def _see_that_they_are_the_same(self) -> None:
         """A server that was started again has lost more than its weights: the scale of its logits, the base model."""
-        first = FirstFailure()
-        if self.leads:
-            first.run(
-                self.fleet.each,
-                lambda client: self._check_version(client, {client.weight_version()}),
-            )
-        raise_together(first.error, "find the vLLM servers as they were")
+        with raise_on_all_ranks("find the vLLM servers as they were"):
+            if self.leads:
+                self.fleet.each(
+                    lambda client: self._check_version(client, {client.weight_version()})
+                )
 
     def _forget(self) -> None:
-        first = FirstFailure()
-        if self.leads:
-            first.run(self.fleet.each, lambda client: client.zero_weights())
-        raise_together(first.error, "make the vLLM server forget its weights")
+        with raise_on_all_ranks("make the vLLM server forget its weights"):
+            if self.leads:
+                self.fleet.each(lambda client: client.zero_weights())
 
     def _publish_weights(self, tag: str, *, merge: bool) -> None:
         if self.carrier is None:
@@ -196,7 +193,7 @@ class ServerEngine:
         if not (over_nccl or (self.settings.vllm_weight_transfer == "auto" and on_gpus)):
             return ByFile(self.fleet, self.settings.vllm_weight_folder)
         if not on_gpus:
-            raise VllmFault(
+            raise VllmError(
                 "Weights travel over NCCL from a GPU to GPUs. Set vllm_weight_transfer='file'."
             )
         weights = policy_weights(self.policy, merge=merge, dtype=self.dtype)
@@ -224,12 +221,12 @@ class ServerEngine:
                 prefix="gmpo-adapter-", dir=shared_folder(self.settings.vllm_weight_folder)
             )
         write_adapter(self.policy(), folder)
-        first = FirstFailure()
         name = f"{self.run}-{version}"
-        if folder is not None:
-            os.chmod(folder, 0o755)
-            first.run(self._exchange_adapter, name, folder, tag)
-        raise_together(first.error, "publish the policy's adapter")
+        with raise_on_all_ranks("publish the policy's adapter"):
+            if folder is not None:
+                os.chmod(folder, 0o755)
+                self._exchange_adapter(name, folder, tag)
+
         self.adapter = name
 
     def _exchange_adapter(self, name: str, folder: str, tag: str) -> None:
@@ -272,10 +269,9 @@ class ServerEngine:
         done: list[list[Completion] | None] = [None] * len(requests)
 
         def work() -> None:
-            first = FirstFailure()
-            first.run(self._scale_logits, options)
-            first.run(self._fill, done, requests, options)
-            raise_together(first.error, "get completions from the vLLM server")
+            with raise_on_all_ranks("get completions from the vLLM server"):
+                self._scale_logits(options)
+                self._fill(done, requests, options)
 
         self._persist(work)
         return [completions for completions in done if completions is not None]
@@ -343,7 +339,7 @@ class ServerEngine:
                 raise ValueError(f"{len(choices)} completions came for {request.count}")
             completions = [as_completion(choice, report=report) for choice in choices]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise VllmFault(
+            raise VllmError(
                 f"{client.address} was asked for completions, and its answer is none: {error!r}."
             ) from None
         for choice in choices:
@@ -355,7 +351,7 @@ class ServerEngine:
 
     def _check_version(self, client: Client, seen: set[str]) -> None:
         if seen != {self.tag}:
-            raise VllmFault(
+            raise VllmError(
                 f"{client.address} answered from the weights {sorted(seen)}, not from {self.tag!r}, which were "
                 "published. Was it restarted, or does another run give it weights, too?",
                 lost=True,

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmpo.sharding import whole
+from gmpo.sharding import full_tensor
 
 
 def trained_copy(wrapper: Any) -> nn.Module:
@@ -63,15 +63,21 @@ def is_plain_lora(layer: Any) -> bool:
 
 
 def plain_lora_weight(layer: Any) -> Tensor:
-    base = whole(layer.base_layer.weight)
+    base = full_tensor(layer.base_layer.weight)
     total = base.float()
     for name in layer.active_adapters:
         if name in layer.lora_A:
-            down, up = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
+            down, up = (
+                full_tensor(layer.lora_A[name].weight),
+                full_tensor(layer.lora_B[name].weight),
+            )
             delta = up.float() @ down.float()  # [out, in]
             delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
         elif name in layer.lora_embedding_A:
-            down, up = whole(layer.lora_embedding_A[name]), whole(layer.lora_embedding_B[name])
+            down, up = (
+                full_tensor(layer.lora_embedding_A[name]),
+                full_tensor(layer.lora_embedding_B[name]),
+            )
             delta = (up.float() @ down.float()).T  # [vocabulary, hidden]
         else:
             continue
@@ -79,7 +85,7 @@ def plain_lora_weight(layer: Any) -> Tensor:
     return total.to(base.dtype)
 
 
-def adapter_obstacle(policy: Any) -> str | None:
+def adapter_unsupported_reason(policy: Any) -> str | None:
     """Why an engine can't take the adapter of the policy as it is; None: it can."""
     if not hasattr(policy, "get_base_model"):
         return "there is no adapter"
@@ -109,7 +115,9 @@ def write_adapter(policy: Any, folder: str | None) -> None:
     from safetensors.torch import save_file
 
     name = policy.active_adapters[0]
-    state = {key: whole(tensor) for key, tensor in policy.named_parameters() if f".{name}." in key}
+    state = {
+        key: full_tensor(tensor) for key, tensor in policy.named_parameters() if f".{name}." in key
+    }
     if folder is None:
         return
     plain = get_peft_model_state_dict(

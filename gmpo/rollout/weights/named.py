@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.rollout.generation_mode import prompt_learning, without_adapter_shell
 from gmpo.rollout.weights.adapters import is_adapter_layer, merged, merged_names, trained_copy
-from gmpo.sharding import WRAPPERS, whole
+from gmpo.sharding import WRAPPERS, full_tensor
+from gmpo.unwrap import uses_prompt_learning, without_adapter
 
 Piece = tuple[
     str, Callable[[], Tensor]
@@ -31,11 +31,11 @@ def named_weights(
     Raises:
         ValueError: An adapter that can't be merged from shards, or that makes tied weights differ.
     """
-    if prompt_learning(policy):
+    if uses_prompt_learning(policy):
         raise ValueError(
             "Prompt-learning adapters put tokens in front of prompts, which vLLM can't do. Use LoRA."
         )
-    model = without_adapter_shell(policy)
+    model = without_adapter(policy)
     rename = checkpoint_renaming(model)
     for name, make in pieces(model, merge=merge):
         with torch.no_grad():
@@ -49,7 +49,7 @@ def named_weights(
 
 def description(policy: Any) -> dict[str, Any]:
     """What a copy of the policy must agree in, to be a copy at all."""
-    config = without_adapter_shell(policy).config.get_text_config()
+    config = without_adapter(policy).config.get_text_config()
     names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
@@ -99,7 +99,7 @@ def pieces(model: nn.Module, *, merge: bool) -> Iterator[Piece]:
                 make = (
                     (lambda m=module, n=weight_name: merged(m, n))
                     if changed
-                    else (lambda t=tensor: whole(t))
+                    else (lambda t=tensor: full_tensor(t))
                 )
                 yield full, make
 

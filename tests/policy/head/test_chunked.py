@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gmpo.policy.head import chunked as tiles
-from gmpo.policy.head.chunked import LinearTiles, token_scores
+from gmpo.policy.head.chunked import ChunkedHead, token_logps
 from gmpo.policy.head.fused import fused_loss
 from gmpo.policy.head.lm_head import Float32Head, Head, Transform
 
@@ -58,20 +58,25 @@ def grads_of(loss, hidden, head):
 def test_values_and_gradients_are_those_of_log_softmax(problem, bias, transform, tile_size):
     hidden, targets, into_logps, into_entropy = problem
     head = linear(bias)
-    logps, entropy = token_scores(hidden, Head(head), targets, transform)
+    logps, entropy = token_logps(hidden, Head(head), targets, transform)
     expected = expected_scores(hidden, head, targets, transform)
     torch.testing.assert_close((logps, entropy), expected, rtol=1e-12, atol=1e-12)
     for parts in ((1, 0), (0, 1), (1, 1)):
         weigh = lambda pair, parts=parts: (
             (parts[0] * pair[0] @ into_logps) + (parts[1] * pair[1] @ into_entropy)
         )  # noqa: E731
-        found = grads_of(weigh(token_scores(hidden, Head(head), targets, transform)), hidden, head)
+        found = grads_of(weigh(token_logps(hidden, Head(head), targets, transform)), hidden, head)
         torch.testing.assert_close(
             found,
             grads_of(weigh(expected_scores(hidden, head, targets, transform)), hidden, head),
             rtol=1e-11,
             atol=1e-11,
         )
+
+
+def numbered(sizes):
+    """Tiles of one row each, whose number tells which tile it is."""
+    return list(torch.arange(len(sizes)))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -82,12 +87,13 @@ def test_the_fused_loss_has_the_value_and_gradients_of_the_whole(problem, bias, 
     starts = [0, 5, 14, 14]
 
     def loss_of(tile, logps, entropy):
-        rows = slice(starts[tile], starts[tile] + sizes[tile])
+        number = int(tile)
+        rows = slice(starts[number], starts[number] + sizes[number])
         return (logps.square() @ into_logps[rows]) + (entropy.exp() @ into_entropy[rows])
 
     logps, entropy = expected_scores(hidden, head, targets, transform)
     expected = (logps.square() @ into_logps) + (entropy.exp() @ into_entropy)
-    loss = fused_loss(hidden, head, targets, sizes, loss_of, transform)
+    loss = fused_loss(hidden, head, targets, numbered(sizes), sizes, loss_of, transform)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     found = grads_of(3.0 * loss, hidden, head)
     torch.testing.assert_close(
@@ -102,13 +108,19 @@ def test_a_fused_tile_without_a_gradient_adds_its_value_alone(problem):
         hidden,
         head,
         targets,
+        numbered([10, 13]),
         [10, 13],
         lambda tile, logps, entropy: (logps if tile else logps * 0 + 2).sum(),
     )
     every = expected_scores(hidden, head, targets, Transform())[0]
     torch.testing.assert_close(loss, every[10:].sum() + 20.0)
     constant = fused_loss(
-        hidden, head, targets, [ROWS], lambda tile, logps, entropy: logps.new_tensor(7.0)
+        hidden,
+        head,
+        targets,
+        numbered([ROWS]),
+        [ROWS],
+        lambda tile, logps, entropy: logps.new_tensor(7.0),
     )
     assert constant == 7.0
     assert all((gradient == 0).all() for gradient in grads_of(constant, hidden, head))
@@ -118,7 +130,7 @@ def test_a_fused_tile_without_a_gradient_adds_its_value_alone(problem):
 def test_a_frozen_head_passes_gradients_on_to_the_hidden_states(problem, transform, tile_size):
     hidden, targets, into_logps, _ = problem
     head = linear(True).requires_grad_(False)
-    logps, entropy = token_scores(hidden, Head(head), targets, transform, want_entropy_grad=False)
+    logps, entropy = token_logps(hidden, Head(head), targets, transform, want_entropy_grad=False)
     expected, _ = expected_scores(hidden, head, targets, transform)
     assert not entropy.requires_grad
     found = torch.autograd.grad(logps @ into_logps, hidden)
@@ -137,7 +149,7 @@ class Doubled(nn.Linear):
 def test_any_module_can_be_the_head(problem, tile_size):
     hidden, targets, into_logps, into_entropy = problem
     head = Doubled(HIDDEN, VOCABULARY, dtype=torch.float64)
-    logps, entropy = token_scores(hidden, Head(head), targets, Transform(temperature=0.6))
+    logps, entropy = token_logps(hidden, Head(head), targets, Transform(temperature=0.6))
     expected = expected_scores(hidden, head, targets, Transform(slope=2.0, temperature=0.6))
     torch.testing.assert_close((logps, entropy), expected, rtol=1e-12, atol=1e-12)
     found = grads_of(logps @ into_logps + entropy @ into_entropy, hidden, head)
@@ -152,7 +164,7 @@ def test_a_head_cast_to_float32_ignores_autocast(problem):
     expected, _ = expected_scores(hidden, head.double(), targets, Transform())
     head.float()
     with torch.autocast("cpu", torch.bfloat16):
-        logps, _ = token_scores(hidden.float(), Head(head), targets)
+        logps, _ = token_logps(hidden.float(), Head(head), targets)
         outputs = head(hidden.bfloat16())
     torch.testing.assert_close(logps, expected.float(), rtol=1e-5, atol=1e-5)
     assert outputs.dtype == torch.float32
@@ -160,7 +172,7 @@ def test_a_head_cast_to_float32_ignores_autocast(problem):
 
 def test_no_rows_give_no_scores_and_zero_gradients():
     head, hidden = linear(True), torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)
-    logps, entropy = token_scores(hidden, Head(head), torch.zeros(0, dtype=torch.int64))
+    logps, entropy = token_logps(hidden, Head(head), torch.zeros(0, dtype=torch.int64))
     assert logps.shape == entropy.shape == (0,)
     found = grads_of(logps.sum() + entropy.sum(), hidden, head)
     assert all((gradient == 0).all() for gradient in found)
@@ -177,10 +189,15 @@ SIZES_OF_GRADIENTS = {  # of the log-probs; of a mean over many tokens, and of t
 def sixteen_bit_gradients(path, hidden, head, targets, into_logps):
     if path == "fused":
         loss = fused_loss(
-            hidden, head, targets, [ROWS], lambda tile, logps, entropy: (logps * into_logps).sum()
+            hidden,
+            head,
+            targets,
+            numbered([ROWS]),
+            [ROWS],
+            lambda tile, logps, entropy: (logps * into_logps).sum(),
         )
     else:
-        logps, _ = token_scores(hidden, Head(head), targets, want_entropy_grad=path == "scores")
+        logps, _ = token_logps(hidden, Head(head), targets, want_entropy_grad=path == "scores")
         loss = (logps * into_logps).sum()
     return torch.autograd.grad(loss, [hidden, *(p for p in head.parameters() if p.requires_grad)])
 
@@ -223,8 +240,8 @@ def test_sixteen_bit_heads_keep_gradients_that_are_too_small_for_sixteen_bits(
 
 
 def test_a_16_bit_tile_of_rows_without_gradient_adds_nothing():
-    tile = LinearTiles(torch.randn(16, 8).bfloat16(), None, torch.bfloat16, Transform())
-    tile.scores(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))
+    tile = ChunkedHead(torch.randn(16, 8).bfloat16(), None, torch.bfloat16, Transform())
+    tile.logps_and_entropy(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))
     into_weight = torch.zeros(16, 8)
     into_hidden = tile.gradients(torch.zeros(4), None, into_weight, None)
     assert not into_weight.any() and not into_hidden.any()  # NaN is something

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from gmpo.policy.head import chunked as tiles
-from gmpo.policy.head.chunked import token_scores
+from gmpo.policy.head.chunked import token_logps
 from gmpo.policy.head.fused import fused_loss
 from gmpo.policy.head.lm_head import Head, Transform
 from gmpo.policy.head.logits_shaping import Shaping
-from gmpo.policy.logprobs import Scorer
+from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.settings import PolicySettings
 from gmpo.token_sets import TokenSets
 from tests.policy.cases import (
@@ -22,6 +22,7 @@ from tests.policy.cases import (
     make_batch,
     make_model,
     weighted,
+    weighted_rows,
 )
 
 ROWS, HIDDEN = 23, 6
@@ -71,12 +72,13 @@ def score(path, hidden, head, targets, transform, shaping, weigh):
             hidden,
             head,
             targets,
+            list(torch.arange(4)),
             sizes,
             lambda n, *scores: weigh(*scores, starts[n]),
             transform,
             shaping=shaping,
         )
-    scores = token_scores(
+    scores = token_logps(
         hidden, Head(head), targets, transform, shaping=shaping, want_entropy_grad=path != "frozen"
     )
     return weigh(*scores, 0)
@@ -178,20 +180,20 @@ def test_scores_and_losses_are_of_the_shaped_distribution_whole_and_in_chunks(
         logps, entropy = naive_scores(model, batch, kept, 0.7)
         whole = weighted(logps, entropy, torch.arange(len(batch)))
         expected = gradients(whole, model)
-        scorer = Scorer(
+        logprobs = LogProbs(
             PolicySettings(batch_layout=layout), temperature=0.7, repetition_penalty=PENALTY
         )
-        scores = scorer.scores(model, batch)
+        scores = logprobs.compute(model, batch)
         losses = []
         for limit in (None, 30):
             model.zero_grad()
             total = 0.0
-            chunks = scorer.chunks(batch, limit)
+            chunks = logprobs.chunks(batch, limit)
             for chunk in chunks:
-                loss = scorer.loss(
+                loss = logprobs.loss(
                     model,
                     batch.rows(chunk),
-                    lambda s, rows, c=chunk: weighted(s.logps, s.entropy, c[rows]),
+                    weighted_rows(batch.rows(chunk), chunk),
                 )
                 loss.backward()
                 total += loss.detach()
@@ -217,10 +219,10 @@ def test_log_probs_of_all_tokens_that_could_be_drawn_sum_to_one():
         lengths=torch.ones(4, dtype=torch.int64),
         mask=torch.ones(4, 1, dtype=torch.bool),
     )
-    full = Scorer(PolicySettings(), repetition_penalty=PENALTY).scores(model, batch).logps
+    full = LogProbs(PolicySettings(), repetition_penalty=PENALTY).compute(model, batch).logps
     drawn = (torch.tensor(allowed, dtype=torch.int32), False)
     batch.support = TokenSets.padded([TokenSets.of([drawn])] * 4, [1] * 4, 1)
-    cut = Scorer(PolicySettings(), repetition_penalty=PENALTY).scores(model, batch).logps
+    cut = LogProbs(PolicySettings(), repetition_penalty=PENALTY).compute(model, batch).logps
     assert full.exp().sum() < 0.9
     torch.testing.assert_close(cut.exp().sum(), cut.new_tensor(1.0), rtol=1e-12, atol=0)
     torch.testing.assert_close(cut - full, (cut - full)[:1].expand(4, 1))  # cut, and nothing else

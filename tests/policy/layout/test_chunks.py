@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmpo.policy.layout.chunks import cut
-from gmpo.policy.logprobs import Scorer
+from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
     assert_same_gradients,
@@ -12,7 +12,7 @@ from tests.policy.cases import (
     gradients,
     make_batch,
     make_model,
-    weighted,
+    weighted_rows,
 )
 from tests.policy.layout.test_select import rows_of
 
@@ -52,20 +52,20 @@ def test_sets_have_about_the_same_size():
 @pytest.mark.parametrize("limit", [1, 20, 45, 10_000])
 def test_chunks_hold_every_row_once_and_keep_to_the_limit(layout, limit):
     batch, model = make_batch(groups=5, group_size=4), make_model("llama")
-    scorer = Scorer(PolicySettings(batch_layout=layout, router_aux_loss_coef=0.0))
+    logprobs = LogProbs(PolicySettings(batch_layout=layout, router_aux_loss_coef=0.0))
     for _ in range(2):  # before and after the first model is seen
-        chunks = scorer.chunks(batch, limit)
+        chunks = logprobs.chunks(batch, limit)
         assert sorted(torch.cat(chunks).tolist()) == list(range(20))
         for chunk in chunks:
-            run = scorer._prepare(model, batch.rows(chunk))
+            run = logprobs._prepare(model, batch.rows(chunk))
             assert run.layout.input_ids.numel() <= limit or len(chunk) == 1
 
 
 def test_no_limit_is_one_chunk_and_no_rows_are_one_too():
-    batch, scorer = make_batch(), Scorer(PolicySettings())
-    assert [chunk.tolist() for chunk in scorer.chunks(batch, None)] == [list(range(9))]
+    batch, logprobs = make_batch(), LogProbs(PolicySettings())
+    assert [chunk.tolist() for chunk in logprobs.chunks(batch, None)] == [list(range(9))]
     none = batch.rows(torch.tensor([], dtype=torch.int64))
-    assert [len(chunk) for chunk in scorer.chunks(none, 10)] == [0]
+    assert [len(chunk) for chunk in logprobs.chunks(none, 10)] == [0]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
@@ -73,18 +73,18 @@ def test_no_limit_is_one_chunk_and_no_rows_are_one_too():
 def test_gradients_of_chunks_add_up_to_that_of_the_whole(name, layout):
     batch = make_batch()
     with float64_throughout():
-        model, scorer = make_model(name), Scorer(PolicySettings(batch_layout=layout))
+        model, logprobs = make_model(name), LogProbs(PolicySettings(batch_layout=layout))
 
         def loss(rows):
-            return scorer.loss(
+            return logprobs.loss(
                 model,
                 batch.rows(rows),
-                lambda scores, part: weighted(scores.logps, scores.entropy, rows[part]),
+                weighted_rows(batch.rows(rows), rows),
             )
 
         expected = gradients(loss(torch.arange(len(batch))), model)
         chunks = [
-            *scorer.chunks(batch, 20),
+            *logprobs.chunks(batch, 20),
             torch.zeros(0, dtype=torch.int64),
         ]  # one of a rank that only takes part
         assert len(chunks) > 3

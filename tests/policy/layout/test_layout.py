@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 from transformers import LlamaConfig, MistralConfig
 
-from gmpo.policy.layout.layout import lay_out, pack, packed, padded, shared_prefix, spread
+from gmpo.policy.layout.layout import balance, lay_out, pack, packed, padded, shared_prefix
 from gmpo.policy.layout.masks import (
     additive_mask,
     attention_masks,
@@ -36,7 +36,7 @@ def batch():
         completion_ids=torch.tensor([[1, 2, 3], [4, 5, 0], [6, 7, 0]]),
         lengths=lengths,
         mask=torch.arange(3) < lengths[:, None],
-        num_written=lengths,
+        num_completion_tokens=lengths,
         advantages=torch.zeros(3),
         group=torch.tensor([0, 0, 1]),
     )
@@ -185,7 +185,7 @@ def test_a_model_with_several_kinds_of_layers_gets_a_mask_for_each(batch):
 
 def test_items_spread_evenly():
     # longest first, each to the emptiest row: 8 | 7 | 6, then 5 to the third, 4 to the second, 3 to the first
-    assert spread([3, 4, 5, 6, 7, 8], 3) == [[5, 0], [4, 1], [3, 2]]
+    assert balance([3, 4, 5, 6, 7, 8], 3) == [[5, 0], [4, 1], [3, 2]]
 
 
 def test_packing_takes_the_cheapest_number_of_rows():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gmpo.policy.layout.select import TOLERANCE, check_rows, cost_of, tolerance
-from gmpo.policy.logprobs import Scorer
+from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.settings import PolicySettings
 from gmpo.types import Batch
 from tests.policy.cases import make_batch, make_model, naive_scores
@@ -27,13 +27,13 @@ def rows_of(*shapes):
         completion_ids=mask * 3,
         lengths=lengths,
         mask=mask,
-        num_written=lengths,
+        num_completion_tokens=lengths,
         advantages=torch.zeros(len(lengths)),
         group=torch.tensor(group),
     )
 
 
-class Spying(Scorer):
+class Spying(LogProbs):
     """Remembers the kind of each layout that a caller's batch got, and the number of forward passes."""
 
     def __init__(self, settings):
@@ -64,9 +64,9 @@ CHOICES = {
 
 @pytest.mark.parametrize("kind", CHOICES)
 def test_auto_takes_the_layout_with_the_fewest_tokens(kind):
-    scorer = Spying(PolicySettings())
-    scorer.scores(make_model("llama", hidden_size=512), CHOICES[kind])
-    assert scorer.kinds == [kind]
+    logprobs = Spying(PolicySettings())
+    logprobs.compute(make_model("llama", hidden_size=512), CHOICES[kind])
+    assert logprobs.kinds == [kind]
 
 
 def test_a_rectangle_of_rows_is_cheaper_than_one_long_row_when_attention_weighs():
@@ -91,11 +91,11 @@ def break_masks(model):
 def test_a_model_that_ignores_our_masks_falls_back_with_a_warning():
     batch, model = make_batch(), make_model("mistral-window")
     expected, _ = naive_scores(model, batch)
-    scorer = Spying(PolicySettings())
+    logprobs = Spying(PolicySettings())
     with pytest.warns(UserWarning, match=r"leaves out 'shared_prefix' .* differ by .* nats"):
-        scores = scorer.scores(break_masks(model), batch)
+        scores = logprobs.compute(break_masks(model), batch)
     torch.testing.assert_close(scores.logps, expected, rtol=1e-6, atol=1e-6)
-    assert scorer.kinds == ["padded"] or scorer.kinds == [
+    assert logprobs.kinds == ["padded"] or logprobs.kinds == [
         "packed"
     ]  # packing is found from positions, without a mask
 
@@ -112,26 +112,26 @@ def test_a_model_that_fails_on_our_masks_falls_back_with_a_warning():
     with pytest.warns(
         UserWarning, match="the model fails with AssertionError: no masks but my own"
     ):
-        Scorer(PolicySettings()).scores(model, make_batch())
+        LogProbs(PolicySettings()).compute(model, make_batch())
 
 
 def test_a_layout_that_is_asked_for_and_wrong_is_an_error():
-    scorer = Scorer(PolicySettings(batch_layout="shared_prefix"))
+    logprobs = LogProbs(PolicySettings(batch_layout="shared_prefix"))
     with pytest.raises(
         ValueError,
         match=r"batch_layout='shared_prefix' does not work for LlamaForCausalLM .* 'padded'",
     ):
-        scorer.scores(break_masks(make_model("llama")), make_batch())
+        logprobs.compute(break_masks(make_model("llama")), make_batch())
 
 
 def test_an_attention_without_masks_is_an_error_or_the_rectangle():
-    model, scorer = make_model("llama"), Scorer(PolicySettings(batch_layout="packed"))
-    scorer.scores(model, make_batch())  # which flash attention, not installed here, could not
+    model, logprobs = make_model("llama"), LogProbs(PolicySettings(batch_layout="packed"))
+    logprobs.compute(model, make_batch())  # which flash attention, not installed here, could not
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(
         ValueError, match="takes no mask of ours; use one of sdpa, eager, flex_attention"
     ):
-        scorer.scores(model, make_batch())
+        logprobs.compute(model, make_batch())
 
 
 @pytest.mark.parametrize("name", ["gemma3-window", "mistral-window", "llama"])
@@ -139,29 +139,29 @@ def test_additive_masks_of_eager_attention_work_too(name):
     batch, model = make_batch(), make_model(name, attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
     expected, _ = naive_scores(model, batch)
-    scores = Scorer(PolicySettings(batch_layout="shared_prefix")).scores(model, batch)
+    scores = LogProbs(PolicySettings(batch_layout="shared_prefix")).compute(model, batch)
     torch.testing.assert_close(scores.logps, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_each_kind_of_model_is_checked_once():
-    scorer, batch = Spying(PolicySettings()), make_batch()
-    model = scorer.counting(make_model("llama"))
-    scorer.scores(model, batch)
+    logprobs, batch = Spying(PolicySettings()), make_batch()
+    model = logprobs.counting(make_model("llama"))
+    logprobs.compute(model, batch)
     assert (
-        scorer.forwards == 1 + 3 + 1
+        logprobs.forwards == 1 + 3 + 1
     )  # what follows the head; padded, packed, shared prefix; the batch
-    scorer.scores(model, batch)
-    assert scorer.forwards == 6
+    logprobs.compute(model, batch)
+    assert logprobs.forwards == 6
 
 
 def test_a_resumed_scorer_believes_what_the_first_one_found():
     batch = make_batch()
-    first = Scorer(PolicySettings())
+    first = LogProbs(PolicySettings())
     with pytest.warns(UserWarning):
-        first.scores(break_masks(make_model("llama")), batch)
+        first.compute(break_masks(make_model("llama")), batch)
     second = Spying(PolicySettings())
     second.load_state_dict(first.state_dict())
-    second.scores(second.counting(make_model("llama")), batch)
+    second.compute(second.counting(make_model("llama")), batch)
     assert second.forwards == 2
     assert second.state_dict() == first.state_dict()
     assert "shared_prefix" not in second.kinds

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmpo.rollout.local.cache import (
-    Scoring,
+    AttentionParams,
     after_removal,
     bias_of,
     causal_attention,
@@ -42,7 +42,7 @@ def test_a_part_gives_its_output_and_its_log_sum_exp(tensors, softcap, masked):
         seen[:, 8:] = False
         seen[2, :5] = False
     bias = bias_of(seen, query.dtype)[None, None] if masked else None
-    output, lse = part_of_attention(query, key, value, bias, Scoring(SCALE, softcap))
+    output, lse = part_of_attention(query, key, value, bias, AttentionParams(SCALE, softcap))
     for row in range(2):
         expected, expected_lse = plain(query[row], key[row], value[row], seen, softcap=softcap)
         torch.testing.assert_close(output[row].double(), expected, rtol=1e-5, atol=1e-6)
@@ -53,7 +53,7 @@ def test_a_part_gives_its_output_and_its_log_sum_exp(tensors, softcap, masked):
 def test_a_query_that_sees_nothing_of_a_part_weighs_it_with_zero(tensors, softcap):
     query, key, value = tensors
     nothing = bias_of(torch.zeros(4, 11, dtype=torch.bool), query.dtype)[None, None]
-    output, lse = part_of_attention(query, key, value, nothing, Scoring(SCALE, softcap))
+    output, lse = part_of_attention(query, key, value, nothing, AttentionParams(SCALE, softcap))
     assert output.isfinite().all()
     assert (torch.sigmoid(torch.zeros_like(lse) - lse) == 1).all()
 
@@ -69,7 +69,7 @@ def test_causal_attention_of_a_prompt(tensors, window, how, monkeypatch):
     distance = position[:, None] - position
     seen = (distance >= 0) & (distance < (window or 11))
     expected, _ = plain(query[0], key[0], value[0], seen, softcap=softcap, sinks=sinks)
-    output = causal_attention(query, key, value, window, Scoring(SCALE, softcap, sinks))
+    output = causal_attention(query, key, value, window, AttentionParams(SCALE, softcap, sinks))
     torch.testing.assert_close(output[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmpo.rollout.engine import Request, Sampling
-from gmpo.rollout.local.sequence import Ending, drafts, uniforms
+from gmpo.rollout.local.sequence import StopCriteria, new_sequences, uniforms
 from gmpo.types import Prompt
 from tests.rollout.cases import requests, shared, tiny, tokens
 
@@ -114,24 +114,26 @@ def test_long_completions_outgrow_the_first_columns():
 # -- a draft ----------------------------------------------------------------------------------------------------------
 
 
-def added(ending: Ending, ids: list[int]):
-    (draft,) = drafts(Request(Prompt([1], ""), 1, 0))
+def added(stop_criteria: StopCriteria, ids: list[int]):
+    (sequence,) = new_sequences(Request(Prompt([1], ""), 1, 0))
     for token in ids:
-        assert draft.finish_reason is None
-        ending.add(draft, token, -0.5)
-    return draft
+        assert sequence.finish_reason is None
+        stop_criteria.add(sequence, token, -0.5)
+    return sequence
 
 
 def test_ending_by_eos_budget_and_text():
     letters = dict(enumerate("abcdef"))
-    ending = Ending((0, 5), 4, ("cd", "bb"), lambda ids: "".join(letters[i] for i in ids))
-    assert added(ending, [1, 0]).finish_reason == "stop"
-    assert added(ending, [5]).finish_reason == "stop"
-    assert added(ending, [1, 2, 1, 2]).finish_reason == "length"
-    assert added(ending, [1, 2, 3]).finish_reason == "stop"
-    assert added(ending, [2, 1, 1]).finish_reason == "stop"
-    assert added(ending, [3, 2, 1]).finish_reason is None
-    assert added(ending, [1, 2, 1, 0]).completion().logps == [-0.5] * 4
+    stop_criteria = StopCriteria(
+        (0, 5), 4, ("cd", "bb"), lambda ids: "".join(letters[i] for i in ids)
+    )
+    assert added(stop_criteria, [1, 0]).finish_reason == "stop"
+    assert added(stop_criteria, [5]).finish_reason == "stop"
+    assert added(stop_criteria, [1, 2, 1, 2]).finish_reason == "length"
+    assert added(stop_criteria, [1, 2, 3]).finish_reason == "stop"
+    assert added(stop_criteria, [2, 1, 1]).finish_reason == "stop"
+    assert added(stop_criteria, [3, 2, 1]).finish_reason is None
+    assert added(stop_criteria, [1, 2, 1, 0]).completion().logps == [-0.5] * 4
 
 
 def test_random_numbers_are_a_function_of_seed_and_sample():

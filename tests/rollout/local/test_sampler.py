@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.local.sampler import Sampler, invert, sampling_config, sampling_from
-from gmpo.rollout.local.sequence import drafts
+from gmpo.rollout.local.sequence import new_sequences
 from gmpo.rollout.settings import RolloutSettings
 from tests.rollout.cases import EOS, VOCABULARY, prompts, shared, tiny, tokens
 
@@ -131,7 +131,7 @@ def test_rows_of_unlike_lengths_are_processed_as_if_alone():
     model, pair = tiny(), prompts(3, 9)
     config = sampling_config(Sampling(4, repetition_penalty=2.0), (EOS,))
     sampler = Sampler(model, config, device=torch.device("cpu"))
-    rows = [drafts(Request(prompt, 1, 0))[0] for prompt in pair]
+    rows = [new_sequences(Request(prompt, 1, 0))[0] for prompt in pair]
     rows[0].ids += [5, 6]
     logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(0))
     got = sampler._processed(logits, rows)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.tokens import token_file
 from gmpo.rollout.vllm.server import ServerEngine
 from gmpo.types import Prompt
@@ -115,7 +115,7 @@ def test_servers_that_differ_are_refused():
     with (
         FakeVllm() as first,
         FakeVllm(answers=other) as second,
-        pytest.raises(VllmFault, match="The servers differ"),
+        pytest.raises(VllmError, match="The servers differ"),
     ):
         engine(first, second)
 
@@ -123,7 +123,7 @@ def test_servers_that_differ_are_refused():
 def test_an_engine_that_computes_something_else_is_refused():
     with FakeVllm() as server:  # all its log-probs are -1
         it = engine(server, vllm_publication_tolerance=None)
-        with pytest.raises(VllmFault, match="vLLM does not compute what is trained"):
+        with pytest.raises(VllmError, match="vLLM does not compute what is trained"):
             it.publish(0)
 
 
@@ -201,9 +201,9 @@ def test_answers_that_are_none_are_errors(answer, message):
         server._answer = lambda path, body: (
             answer(server, body) if path == GENERATE else real(path, body)
         )
-        with pytest.raises(VllmFault, match=message) as fault:
+        with pytest.raises(VllmError, match=message) as fault:
             it.generate([request(3)], SAMPLING)
-        assert fault.value.raised_on_every_rank
+        assert fault.value.raised_on_all_ranks
 
 
 @pytest.mark.parametrize("versions", [[{"version": "default"}], [], None, "mixed"])
@@ -216,7 +216,7 @@ def test_an_answer_from_other_weights_is_an_error(versions):
         server._answer = lambda path, body: (
             wrong(weight_versions=spans)(server, body) if path == GENERATE else real(path, body)
         )
-        with pytest.raises(VllmFault, match=r"answered from the weights .*, not from 'gmpo-"):
+        with pytest.raises(VllmError, match=r"answered from the weights .*, not from 'gmpo-"):
             it.generate([request(3)], SAMPLING)
 
 
@@ -228,7 +228,7 @@ def test_a_generation_that_does_not_come_ends_in_time_and_is_asked_for_once(beha
         before = server.count(GENERATE)
         server.answers[GENERATE] = behaviour
         began = time.monotonic()
-        with pytest.raises(VllmFault, match=r"was not answered within 2 seconds|broke off"):
+        with pytest.raises(VllmError, match=r"was not answered within 2 seconds|broke off"):
             it.generate([request(3)], SAMPLING)
         assert time.monotonic() - began < 15
         assert server.count(GENERATE) == before + 1
@@ -245,11 +245,11 @@ def test_a_publication_that_stops_anywhere_ends_in_time(path, behaviour):
         server.answers[path] = behaviour
         began = time.monotonic()
         with pytest.raises(
-            VllmFault, match=rf"{path}.* (was not answered within 2 seconds|broke off)"
+            VllmError, match=rf"{path}.* (was not answered within 2 seconds|broke off)"
         ) as fault:
             it.publish(1)
         assert time.monotonic() - began < 15
-        assert fault.value.raised_on_every_rank
+        assert fault.value.raised_on_all_ranks
         del server.answers[path]
         it.publish(1)
         assert server.version == f"{it.run}:1"
@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_an_error_after_which_another_update_can_beg
         it = engine(server)
         it.publish(0)
         server.answers["/finish_weight_update"] = error(500, "The weight update lacks 1 parameters")
-        with pytest.raises(VllmFault, match="lacks 1 parameters"):
+        with pytest.raises(VllmError, match="lacks 1 parameters"):
             it.publish(1)
         assert not server.active
         del server.answers["/finish_weight_update"]
@@ -297,7 +297,7 @@ def test_a_server_that_was_restarted_between_steps_is_noticed_before_it_gets_wei
         it.publish(0)
         server.version = "default"
         with pytest.raises(
-            VllmFault, match=r"answered from the weights \['default'\], not from 'gmpo-.*:0'"
+            VllmError, match=r"answered from the weights \['default'\], not from 'gmpo-.*:0'"
         ):
             it.publish(1)
         assert server.count("/start_weight_update") == 1
@@ -354,7 +354,7 @@ def test_with_reconnect_a_server_that_stays_away_ends_the_run():
         it = engine(server, vllm_server_reconnect=1.0)
         it.publish(0)
         server.answers |= {GENERATE: breaking_off, "/health": (503, b"")}
-        with pytest.raises(VllmFault, match=r"No healthy vLLM server at .* within 1 seconds"):
+        with pytest.raises(VllmError, match=r"No healthy vLLM server at .* within 1 seconds"):
             it.generate([request(3)], SAMPLING)
 
 
@@ -364,6 +364,6 @@ def test_with_reconnect_a_server_that_fails_again_and_again_ends_the_run():
         it.publish(0)
         server.answers[GENERATE] = breaking_off
         before = server.count(GENERATE)
-        with pytest.raises(VllmFault, match="broke off"):
+        with pytest.raises(VllmError, match="broke off"):
             it.generate([request(3)], SAMPLING)
         assert server.count(GENERATE) == before + 4

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_m
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gmpo.rollout.weights.adapters import adapter_obstacle, write_adapter
+from gmpo.rollout.weights.adapters import adapter_unsupported_reason, write_adapter
 from gmpo.rollout.weights.named import description, named_weights
 from tests.tiny import tiny_model
 
@@ -154,7 +154,7 @@ def test_the_description_tells_models_apart():
 
 
 @pytest.mark.parametrize(
-    ("options", "obstacle"),
+    ("options", "unsupported_reason"),
     [
         ({}, None),
         ({"use_rslora": True}, None),
@@ -163,13 +163,13 @@ def test_the_description_tells_models_apart():
         ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "more than LoRA matrices"),
     ],
 )
-def test_which_adapters_an_engine_can_take(options, obstacle):
-    found = adapter_obstacle(adapted(**options))
-    assert found is None if obstacle is None else found.startswith(obstacle)
+def test_which_adapters_an_engine_can_take(options, unsupported_reason):
+    found = adapter_unsupported_reason(adapted(**options))
+    assert found is None if unsupported_reason is None else found.startswith(unsupported_reason)
 
 
 def test_a_whole_model_is_no_adapter():
-    assert adapter_obstacle(tiny_model()) == "there is no adapter"
+    assert adapter_unsupported_reason(tiny_model()) == "there is no adapter"
 
 
 def test_a_written_adapter_is_the_trained_one(tmp_path):

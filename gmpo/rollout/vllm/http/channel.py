@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Channel:
         what = f"{method} {self.address}{path}"
         status, data = self.exchange(method, path, body)
         if status == 401:
-            raise VllmFault(
+            raise VllmError(
                 f"The server at {self.address} refuses the token (401). Set VLLM_API_KEY to the token that it was "
                 "started with; `gmpo serve` says where it is.",
                 lost=self.accepted,  # a server that was started again has a new one
@@ -70,10 +70,10 @@ class Channel:
         try:
             answer = json.loads(data) if data else None
         except ValueError:
-            raise VllmFault(f"{what} was answered with garbage: {data[:80]!r}.") from None
+            raise VllmError(f"{what} was answered with garbage: {data[:80]!r}.") from None
         if status != 200:
             dead = status >= 500 and not self.is_healthy()
-            raise VllmFault(f"{what} was answered with {status}: {message_of(answer)}", lost=dead)
+            raise VllmError(f"{what} was answered with {status}: {message_of(answer)}", lost=dead)
         self.accepted = True
         return answer
 
@@ -109,9 +109,9 @@ class Channel:
                     if late
                     else f"broke off ({error!r})"
                 )
-                raise VllmFault(f"{what} {problem}.", lost=True) from None
+                raise VllmError(f"{what} {problem}.", lost=True) from None
         if expired.is_set():
-            raise VllmFault(f"{what} was not answered within {timeout:g} seconds.", lost=True)
+            raise VllmError(f"{what} was not answered within {timeout:g} seconds.", lost=True)
         return response.status, content
 
     @contextmanager
@@ -155,7 +155,7 @@ class Channel:
             except OSError as error:
                 connection.close()
                 if attempt == CONNECT_ATTEMPTS - 1 or time.monotonic() + PAUSE >= deadline:
-                    raise VllmFault(f"{what} found no server ({error!r}).", lost=True) from None
+                    raise VllmError(f"{what} found no server ({error!r}).", lost=True) from None
             time.sleep(PAUSE)
         raise AssertionError
 
@@ -174,7 +174,7 @@ class Channel:
         told = False
         while problem := self._look(max(min(deadline - time.monotonic(), HEALTH_TIMEOUT), 0.05)):
             if time.monotonic() + PAUSE >= deadline:
-                raise VllmFault(
+                raise VllmError(
                     f"No healthy vLLM server at {self.address} within {seconds:g} seconds: {problem} {HOW_TO_START}."
                 )
             if not told:
@@ -191,7 +191,7 @@ class Channel:
         """What is wrong with the server; None: it is healthy."""
         try:
             status, _ = self.exchange("GET", "/health", timeout=min(self.timeout, timeout))
-        except VllmFault as fault:
+        except VllmError as fault:
             return str(fault)
         return None if status == 200 else f"GET {self.address}/health was answered with {status}."
 

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.channel import HOW_TO_START, Channel
 
 SUPPORTED = "0.32."
@@ -46,15 +46,15 @@ class Client:
         answer = self.channel.get("/version")
         version = answer.get("version") if isinstance(answer, dict) else None
         if not isinstance(version, str):
-            raise VllmFault(f"What answers at {self.address} is not a vLLM server. {HOW_TO_START}.")
+            raise VllmError(f"What answers at {self.address} is not a vLLM server. {HOW_TO_START}.")
         if not version.startswith(SUPPORTED):
-            raise VllmFault(
+            raise VllmError(
                 f"The server at {self.address} is vLLM {version}, and gmpo works with {SUPPORTED}x. Install that one."
             )
         self.channel.get("/v1/models")  # a server with vLLM's own --api-key asks for it here
         facts = self._facts_from_worker() or self._facts_from_config()
         if facts.backend not in ("gmpo", "nccl"):
-            raise VllmFault(
+            raise VllmError(
                 f"The server at {self.address} can't be given weights (its weight transfer is {facts.backend!r}). "
                 f"{HOW_TO_START}."
             )
@@ -67,7 +67,7 @@ class Client:
                 "results"
             ][:1]
             return EngineFacts(**described)
-        except VllmFault as fault:
+        except VllmError as fault:
             if fault.lost:
                 raise
         except (KeyError, TypeError, ValueError):
@@ -88,13 +88,13 @@ class Client:
                 workers=self.channel.get("/get_world_size")["world_size"],
                 takes_adapters=config["lora_config"] is not None,
             )
-        except VllmFault as fault:
+        except VllmError as fault:
             if fault.lost:
                 raise
             reason: Exception = fault
         except (KeyError, TypeError, AttributeError) as error:
             reason = error
-        raise VllmFault(
+        raise VllmError(
             f"The server at {self.address} can't be given weights ({reason}). {HOW_TO_START}."
         )
 
@@ -109,7 +109,7 @@ class Client:
         self.set_version(INCOMPLETE)
         try:
             self.channel.post("/start_weight_update")
-        except VllmFault as fault:
+        except VllmError as fault:
             if "already" not in str(fault):
                 raise
             self.abandon()  # what a trainer has begun that is no more
@@ -127,7 +127,7 @@ class Client:
 
     def abandon(self) -> None:
         """End a broken update, so that the server takes a new one.  Its version stays INCOMPLETE."""
-        with suppress(VllmFault):
+        with suppress(VllmError):
             self.update_weights({"abort": "the trainer has given it up"})
 
     def set_version(self, tag: str) -> None:
@@ -141,7 +141,7 @@ class Client:
     def reset_prefix_cache(self) -> None:
         answer = self.channel.post("/reset_prefix_cache")
         if not (isinstance(answer, dict) and answer.get("success")):
-            raise VllmFault(
+            raise VllmError(
                 f"The server at {self.address} did not empty its prefix cache. Does somebody else use it, too?"
             )
 
@@ -160,7 +160,7 @@ class Client:
         """A call whose answer is a sentence, not JSON."""
         status, data = self.channel.exchange("POST", path, body)
         if status != 200:
-            raise VllmFault(
+            raise VllmError(
                 f"POST {self.address}{path} was answered with {status}: {data[:400].decode('utf8', 'replace')}"
             )
 
@@ -170,7 +170,7 @@ class Client:
         """vLLM's answer to a request for completions, with a list of "choices"."""
         answer = self.channel.post("/inference/v1/generate", body)
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
-            raise VllmFault(
+            raise VllmError(
                 f"{self.address} was asked for completions and answered {str(answer)[:80]!r}."
             )
         return answer

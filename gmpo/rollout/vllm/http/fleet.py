@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.channel import Channel
 from gmpo.rollout.vllm.http.client import Client, EngineFacts
 from gmpo.rollout.vllm.http.tokens import find_token
@@ -53,7 +53,7 @@ class Fleet:
                 first.dtype,
                 first.device,
             ):
-                raise VllmFault(
+                raise VllmError(
                     f"The servers differ: {self.clients[0].address} is {first}, {client.address} is {facts}. "
                     "Start all of them alike."
                 )

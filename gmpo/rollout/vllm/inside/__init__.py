@@ -1,0 +1,5 @@
+"""What runs in vLLM's own processes.
+
+worker.py  receives weights; vLLM loads it as a plugin
+guard.py   asks every request for the secret
+"""

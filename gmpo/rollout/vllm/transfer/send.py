@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gmpo.rollout.vllm.errors import FirstFailure, VllmFault, raise_together
+from gmpo.distributed import FirstError, raise_on_all_ranks
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.weights.named import named_weights
 
 Bucket = list[tuple[str, Tensor]]
@@ -66,7 +67,7 @@ def send(carrier: Carrier | None, weights: Iterable[tuple[str, Tensor]], *, tag:
     Raises:
         VllmFault: On every rank, if it failed on any.
     """
-    first = FirstFailure()
+    first = FirstError()
     if carrier is not None:
         first.run(carrier.begin)
     try:
@@ -79,7 +80,8 @@ def send(carrier: Carrier | None, weights: Iterable[tuple[str, Tensor]], *, tag:
         first.run(carrier.end, tag)
         if first.error is not None and not getattr(first.error, "lost", False):
             carrier.abandon()
-    raise_together(first.error, "publish the policy's weights")
+    with raise_on_all_ranks("publish the policy's weights"):
+        first.raise_if_any()
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], size: int = BUCKET_BYTES) -> Iterator[Bucket]:
@@ -194,9 +196,9 @@ class ByNccl:
 
     def _check(self, *, late: bool) -> None:
         if self.error is not None:
-            raise VllmFault(f"Sending weights over NCCL failed: {self.error}") from self.error
+            raise VllmError(f"Sending weights over NCCL failed: {self.error}") from self.error
         if late:
-            raise VllmFault(
+            raise VllmError(
                 f"Sending weights over NCCL did not move on for {self.timeout:g} seconds: the server, or the way to "
                 "it, is lost. Restart the server."
             )

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.channel import Channel
 from tests.rollout.vllm.fake_vllm import FakeVllm, breaking_off, dripping, error, silent
 
@@ -24,7 +24,7 @@ def test_a_request_ends_by_its_deadline(behaviour):
     with FakeVllm(answers={PATH: behaviour}) as server:
         began = time.monotonic()
         with pytest.raises(
-            VllmFault, match=rf"POST {server.address}{PATH} was not answered within 1 seconds"
+            VllmError, match=rf"POST {server.address}{PATH} was not answered within 1 seconds"
         ) as fault:
             channel(server).post(PATH, {})
         assert time.monotonic() - began < 10  # of the 30 that the server would take
@@ -34,7 +34,7 @@ def test_a_request_ends_by_its_deadline(behaviour):
 
 def test_an_answer_that_breaks_off_is_not_asked_for_again():
     with FakeVllm(answers={PATH: breaking_off}) as server:
-        with pytest.raises(VllmFault, match="broke off") as fault:
+        with pytest.raises(VllmError, match="broke off") as fault:
             channel(server).post(PATH, {})
         assert fault.value.lost
         assert server.count(PATH) == 1
@@ -44,7 +44,7 @@ def test_no_server_is_told_apart_from_a_silent_one():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"  # bound, but nobody listens
-        with pytest.raises(VllmFault, match="found no server") as fault:
+        with pytest.raises(VllmError, match="found no server") as fault:
             Channel(address, token=None, timeout=0.3).get("/version")
     assert fault.value.lost
 
@@ -68,7 +68,7 @@ def test_a_server_that_listens_late_is_found_without_a_second_request():
 def test_garbage_is_no_answer():
     with (
         FakeVllm(answers={PATH: (200, b"<html>")}) as server,
-        pytest.raises(VllmFault, match=r"garbage: b'<html>'"),
+        pytest.raises(VllmError, match=r"garbage: b'<html>'"),
     ):
         channel(server).post(PATH, {})
 
@@ -76,7 +76,7 @@ def test_garbage_is_no_answer():
 def test_a_wrong_token_is_named():
     with FakeVllm(token="right") as server:
         with pytest.raises(
-            VllmFault, match=r"refuses the token \(401\). Set VLLM_API_KEY"
+            VllmError, match=r"refuses the token \(401\). Set VLLM_API_KEY"
         ) as fault:
             channel(server, token="wrong").get("/version")
         assert not fault.value.lost
@@ -87,7 +87,7 @@ def test_what_the_worker_says_is_passed_on_without_its_wrapping():
     wrapped = "Call to collective_rpc method failed: Worker failed with error 'Sit down', please check the stack trace"
     with (
         FakeVllm(answers={PATH: error(500, wrapped + " above")}) as server,
-        pytest.raises(VllmFault, match=r"was answered with 500: Sit down$") as fault,
+        pytest.raises(VllmError, match=r"was answered with 500: Sit down$") as fault,
     ):
         channel(server).post(PATH, {})
     assert not fault.value.lost  # the server is healthy: asking again would not help
@@ -95,7 +95,7 @@ def test_what_the_worker_says_is_passed_on_without_its_wrapping():
 
 def test_an_error_of_a_dying_server_counts_as_a_loss():
     answers = {PATH: error(500, "EngineCore encountered an issue"), "/health": (503, b"")}
-    with FakeVllm(answers=answers) as server, pytest.raises(VllmFault, match="EngineCore") as fault:
+    with FakeVllm(answers=answers) as server, pytest.raises(VllmError, match="EngineCore") as fault:
         channel(server).post(PATH, {})
     assert fault.value.lost
 
@@ -104,7 +104,7 @@ def test_waiting_ends_with_what_was_wrong():
     with (
         FakeVllm(answers={"/health": (503, b"")}) as server,
         pytest.raises(
-            VllmFault,
+            VllmError,
             match=r"within 1 seconds: GET .*/health was answered with 503. Start it with `gmpo serve",
         ),
     ):
@@ -139,7 +139,7 @@ def test_hanging_up_ends_what_waits_in_another_thread():
         answer = pool.submit(it.get, "/slow")
         assert begun.wait(10)
         it.hang_up()
-        with pytest.raises(VllmFault):
+        with pytest.raises(VllmError):
             answer.result(timeout=10)
         over.set()
 

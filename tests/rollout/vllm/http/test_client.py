@@ -2,7 +2,7 @@
 
 import pytest
 
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.channel import Channel
 from gmpo.rollout.vllm.http.client import INCOMPLETE, Client
 from tests.rollout.vllm.fake_vllm import FACTS, FakeVllm, error
@@ -62,7 +62,7 @@ def test_a_server_without_the_extension_is_asked_for_its_configuration():
     ],
 )
 def test_servers_that_cannot_be_used_are_refused_with_the_reason(answers, message):
-    with FakeVllm(answers=answers) as server, pytest.raises(VllmFault, match=message):
+    with FakeVllm(answers=answers) as server, pytest.raises(VllmError, match=message):
         client(server).facts()
 
 
@@ -98,6 +98,6 @@ def test_an_update_that_a_dead_trainer_has_left_open_is_ended():
 def test_a_prefix_cache_in_use_by_others_is_an_error():
     with (
         FakeVllm(answers={"/reset_prefix_cache": {"success": False}}) as server,
-        pytest.raises(VllmFault, match="Does somebody else use it"),
+        pytest.raises(VllmError, match="Does somebody else use it"),
     ):
         client(server).reset_prefix_cache()

@@ -1,14 +1,10 @@
 """What a server of ours takes from the wire."""
 
-import ast
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import gmpo
 from gmpo.rollout.vllm.inside.worker import Backend, plain_name, read
 from tests.tiny import tiny_model
 
@@ -52,20 +48,3 @@ def test_another_model_is_refused():
 
 def test_an_adapters_wrapper_does_not_hide_a_weights_name():
     assert plain_name("model.q_proj.base_layer.weight") == "model.q_proj.weight"
-
-
-def test_nothing_in_the_rollout_stage_unpickles():
-    def offends(node):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-            return names & {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-        return isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
-
-    folder = Path(gmpo.__file__).parent / "rollout"
-    files = sorted(folder.glob("*.py"))
-    assert files
-    assert [
-        file.name
-        for file in files
-        if any(offends(node) for node in ast.walk(ast.parse(file.read_text())))
-    ] == []

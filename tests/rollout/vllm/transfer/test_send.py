@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from gmpo.rollout.vllm.errors import VllmFault
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.transfer.send import ByNccl, ByReference, buckets, send
 
 WEIGHTS = [(str(number), torch.full((4,), float(number))) for number in range(5)]  # 16 bytes each
@@ -20,7 +20,7 @@ class Receiver:
     def _note(self, name, *arguments):
         self.calls.append((name, *arguments))
         if name == self.fails_at:
-            raise VllmFault(f"{name} failed")
+            raise VllmError(f"{name} failed")
 
     def start_weight_update(self):
         self._note("start")
@@ -61,10 +61,10 @@ def test_after_a_failure_the_weights_are_still_gathered_to_the_end(step):
             yield name, tensor
 
     receiver = Receiver(fails_at=step)
-    with pytest.raises(VllmFault, match=f"{step} failed") as fault:
+    with pytest.raises(VllmError, match=f"{step} failed") as fault:
         send(ByReference(receiver), weights(), tag="run:1")
     assert gathered == list("01234")
-    assert fault.value.raised_on_every_rank
+    assert fault.value.raised_on_all_ranks
     assert receiver.calls[-2][0] == step and receiver.calls[-1] == ("abandon",)
 
 
@@ -79,13 +79,13 @@ def test_the_engine_hears_of_weights_that_can_not_be_made():
     with pytest.raises(ValueError, match="no such shard") as error:
         send(ByReference(receiver), weights(), tag="run:1")
     assert receiver.calls == [("start",), ("abandon",)]
-    assert error.value.raised_on_every_rank
+    assert error.value.raised_on_all_ranks
 
 
 def test_a_rank_that_does_not_send_only_gathers():
-    gathered = iter(WEIGHTS)
-    send(None, gathered, tag="run:1")
-    assert next(gathered, None) is None
+    weights = iter(WEIGHTS)
+    send(None, weights, tag="run:1")
+    assert next(weights, None) is None
 
 
 class Engine:
@@ -128,7 +128,7 @@ def test_nccl_sends_everything_and_keeps_its_group():
 
 def test_nccl_tells_what_failed_and_makes_a_new_group():
     carrier, _ = nccl(fails="1")
-    with pytest.raises(VllmFault, match="Sending weights over NCCL failed: NCCL error 3"):
+    with pytest.raises(VllmError, match="Sending weights over NCCL failed: NCCL error 3"):
         send(carrier, WEIGHTS, tag="run:1")
     assert carrier.engine is None
 
@@ -138,6 +138,6 @@ def test_nccl_does_not_wait_for_a_lost_peer_for_ever(name):
     many = [(str(number), torch.zeros(1)) for number in range(50)] if name == "0" else WEIGHTS
     carrier, _ = nccl(hangs_after=name)
     began = time.monotonic()
-    with pytest.raises(VllmFault, match="did not move on for 1 seconds"):
+    with pytest.raises(VllmError, match="did not move on for 1 seconds"):
         send(carrier, many, tag="run:1")
     assert time.monotonic() - began < 15

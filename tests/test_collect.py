@@ -1,6 +1,6 @@
+from gmpo.collect import roll_out
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.prompts.encoder import PromptEncoder
-from gmpo.rollout.rollouts import roll_out
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.weights.version import PolicyVersion
 from tests.tiny import WORDS, tiny_tokenizer

@@ -1,0 +1,109 @@
+"""Data loaders that deal the rows of collections to the ranks, for training and for evaluation."""
+
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from gmpo.data.sampler import (
+    CollectionSampler,
+    CollectionSize,
+    EvalSampler,
+    KeyedRows,
+    StreamedRows,
+    as_rows,
+)
+
+PROMPT_COLUMNS = ("prompt", "image", "images")  # that gmpo itself reads
+
+
+class EpochListener(Protocol):
+    """What orders the rows of an epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of `epoch`, from 0."""
+        ...
+
+
+def kept_columns(dataset: Any, *, remove_unused: bool) -> Any:
+    """Return `dataset` without the columns that gmpo does not read, if those are unwanted."""
+    if dataset is None or not remove_unused:
+        return dataset
+    return dataset.select_columns([c for c in PROMPT_COLUMNS if c in dataset.column_names])
+
+
+def training_loader(
+    dataset: Any,
+    collection: CollectionSize,
+    args: TrainingArguments,
+    *,
+    shuffle: bool,
+) -> tuple[DataLoader, EpochListener]:
+    """Return a loader of collections, each served once per micro-step, and what orders its epochs.
+
+    Of a map-style dataset it gives the shares of all ranks in turn, for `accelerate` to deal; of an
+    iterable one likewise, row by row.
+
+    Args:
+        dataset: Map-style or iterable.
+        collection: Sizes of a collection.
+        args: For ranks, seeds and workers.
+        shuffle: Visit the prompts in a seeded order.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+    ranks = args.world_size
+
+    if hasattr(dataset, "__len__"):
+        sampler = CollectionSampler(
+            len(dataset), collection, ranks=ranks, seed=seed, shuffle=shuffle
+        )
+        loader = DataLoader(KeyedRows(dataset), batch_sampler=sampler, **_worker_options(args))
+        return loader, sampler
+
+    if shuffle:
+        dataset = dataset.shuffle(seed=seed)
+    stream = StreamedRows(dataset, collection, ranks=ranks)
+    loader = DataLoader(
+        stream,
+        batch_size=collection.rows // ranks,
+        drop_last=True,
+        **_worker_options(args),
+    )
+    return loader, stream
+
+
+def evaluation_loader(
+    dataset: Any, *, group_size: int, rows_per_rank: int, args: TrainingArguments
+) -> DataLoader:
+    """Return a loader of every prompt once, `group_size` times in a row, for this rank.
+
+    Args:
+        dataset: Map-style, or iterable (then it is read into memory).
+        group_size: Completions per prompt.
+        rows_per_rank: Completions of a batch on each rank; a batch over all ranks holds whole groups.
+        args: For ranks and workers.
+    """
+    rows = rows_per_rank * args.world_size
+    batch = CollectionSize(group_size, max(rows - rows % group_size, group_size), micro_steps=1)
+    if not hasattr(dataset, "__len__"):
+        dataset = list(dataset)
+
+    sampler = EvalSampler(
+        len(dataset),
+        batch,
+        rank=args.process_index,
+        ranks=args.world_size,
+        drop_last=args.dataloader_drop_last,
+    )
+    return DataLoader(KeyedRows(dataset), batch_sampler=sampler, **_worker_options(args))
+
+
+def _worker_options(args: TrainingArguments) -> dict[str, Any]:
+    return {
+        "collate_fn": as_rows,
+        "num_workers": args.dataloader_num_workers,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "pin_memory": False,  # rows hold no tensors
+    }
