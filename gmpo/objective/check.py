@@ -1,11 +1,11 @@
-"""Which combinations of options an objective can use.  Nothing is ignored: what can't act is refused, with the reason.
+"""Rules between the options of an objective.  An option that can't act is refused, with the reason.
 
-Whether a single value is legal is held in `settings.py`; here are the rules between options.
+Rules for a single value are in `settings.py`.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gmpo.objective.correction import correction_from
@@ -20,7 +20,9 @@ FINITE = (
     "entropy_coef_min",
     "entropy_coef_max",
 )
-NEEDS = {  # options that act only beside another one: prefix or name -> (that option, the value that switches it on)
+
+# Options that act only with another one: name or prefix -> (that option, the value that enables it)
+NEEDS = {
     "vllm_importance_sampling_": ("vllm_importance_sampling_correction", "True"),
     "use_bias_correction_kl": ("beta", "above 0"),
     "entropy_coef_": ("use_adaptive_entropy", "True"),
@@ -32,6 +34,7 @@ def check_objective(settings: ObjectiveSettings, *, algorithm: str) -> None:
     """Raise a ValueError for the first combination of options that the objective can't use.
 
     Args:
+        settings: Of the objective, or of a whole run.
         algorithm: "gmpo" or "grpo", as for `objective_from`.
     """
     name = member_name(settings, algorithm=algorithm)
@@ -41,35 +44,21 @@ def check_objective(settings: ObjectiveSettings, *, algorithm: str) -> None:
 
 
 def changed_options(settings: ObjectiveSettings) -> dict[str, tuple[Any, Any]]:
-    """name -> (value, default) of the objective's options that differ from the default of the settings' own class."""
+    """Return name -> (value, default) of the objective's options that were changed.
+
+    The default is the one of the settings' own class.
+    """
     ours = {f.name for f in dataclasses.fields(ObjectiveSettings)}
-    pairs = {
-        f.name: (getattr(settings, f.name), f.default)
-        for f in dataclasses.fields(settings)
-        if f.name in ours
-    }
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def numbers_are_finite(settings: ObjectiveSettings, name: str) -> Iterator[str]:
-    for option, (value, default) in changed_options(settings).items():
-        if option in FINITE and value is not None and not math.isfinite(value):
-            yield f"{option}={value!r} is not a finite number. Give one, or leave it at {default!r}."
-
-
-def options_are_read(settings: ObjectiveSettings, name: str) -> Iterator[str]:
-    """Options of other members are left at their defaults."""
-    readers = readers_of_options()
-    for option, (value, default) in changed_options(settings).items():
-        if name not in readers.get(option, name):
-            yield (
-                f"{option}={value!r} does nothing for the objective {name!r}. "
-                f"Leave it at {default!r}, or train one that reads it: {', '.join(readers[option])}."
-            )
+    changed = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if f.name in ours and value != f.default:
+            changed[f.name] = (value, f.default)
+    return changed
 
 
 def readers_of_options() -> dict[str, list[str]]:
-    """option -> names of the members that read it, for every option that a surrogate reads."""
+    """Return option -> names of the members that read it, for the options that surrogates read."""
     readers: dict[str, list[str]] = {}
     for reader, member in FAMILY.items():
         for option in member.options:
@@ -78,9 +67,10 @@ def readers_of_options() -> dict[str, list[str]]:
 
 
 def unread_options(settings: ObjectiveSettings, *, algorithm: str) -> set[str]:
-    """Options that the objective does not read, whatever they are set to.
+    """Return the options that the objective does not read, whatever their values.
 
     Args:
+        settings: Of the objective, or of a whole run.
         algorithm: "gmpo" or "grpo", as for `objective_from`.
     """
     name = member_name(settings, algorithm=algorithm)
@@ -88,76 +78,125 @@ def unread_options(settings: ObjectiveSettings, *, algorithm: str) -> set[str]:
     return unread | {"loss_type"} if algorithm == "gmpo" else unread
 
 
+# -- rules: each yields what is wrong ------------------------------------------------------------
+
+
+def numbers_are_finite(settings: ObjectiveSettings, name: str) -> Iterator[str]:
+    """Refuse infinity and NaN where only numbers make sense."""
+    for option, (value, default) in changed_options(settings).items():
+        if option in FINITE and value is not None and not math.isfinite(value):
+            yield (
+                f"{option}={value!r} is not a finite number. Give one, or leave it at {default!r}."
+            )
+
+
+def options_are_read(settings: ObjectiveSettings, name: str) -> Iterator[str]:
+    """Refuse options of other members."""
+    readers = readers_of_options()
+    for option, (value, default) in changed_options(settings).items():
+        if name not in readers.get(option, name):
+            yield (
+                f"{option}={value!r} does nothing for the objective {name!r}. "
+                f"Leave it at {default!r}, or train one that reads it: "
+                f"{', '.join(readers[option])}."
+            )
+
+
 def options_have_their_switch(settings: ObjectiveSettings, name: str) -> Iterator[str]:
-    """Options that modify a feature come with that feature."""
+    """Refuse options that modify a feature which is off."""
     for option, (value, default) in changed_options(settings).items():
         for start, (switch, on) in NEEDS.items():
             if option.startswith(start) and option != switch and not getattr(settings, switch):
-                yield f"{option}={value!r} needs {switch} to be {on}. Set that, or leave {option} at {default!r}."
+                yield (
+                    f"{option}={value!r} needs {switch} to be {on}. "
+                    f"Set that, or leave {option} at {default!r}."
+                )
 
 
 def window_is_sound(settings: ObjectiveSettings, name: str) -> Iterator[str]:
-    """`delta` caps what the window leaves open, so it is no tighter; CISPO's window is a cap on the ratio itself."""
-    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    """Refuse bounds that would close the clip window, and CISPO without its cap."""
     if name == "cispo":
-        if settings.epsilon_high is None or settings.epsilon_high < 1:
-            yield (
-                f"epsilon_high={settings.epsilon_high!r} with loss_type='cispo': there it is the cap on the ratio "
-                "itself, and less than 1 would scale down even unmoved tokens. Set for example epsilon_high=5.0."
-            )
-    elif settings.delta is not None:
-        bound, what = (high, "epsilon_high") if name == "gmpo" else (1 + high, "1 + epsilon_high")
-        if settings.delta < bound:
-            kind = "log-ratios" if name == "gmpo" else "ratios"
-            yield (
-                f"delta={settings.delta!r} is below {what} = {bound:g}. It bounds {kind} of negative advantages from "
-                f"above and must leave the clip window open: use at least {bound:g}, or None for no bound."
-            )
+        yield from _cap_is_sound(settings)
+        return
+    if settings.delta is None:
+        return
+
+    # `delta` caps what the window leaves open, so it must be no tighter.
+    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    bound, what, kind = 1 + high, "1 + epsilon_high", "ratios"
+    if name == "gmpo":
+        bound, what, kind = high, "epsilon_high", "log-ratios"
+    if settings.delta < bound:
+        yield (
+            f"delta={settings.delta!r} is below {what} = {bound:g}. It bounds {kind} of negative "
+            "advantages from above and must leave the clip window open: "
+            f"use at least {bound:g}, or None for no bound."
+        )
+
+
+def _cap_is_sound(settings: ObjectiveSettings) -> Iterator[str]:
+    if settings.epsilon_high is None or settings.epsilon_high < 1:
+        yield (
+            f"epsilon_high={settings.epsilon_high!r} with loss_type='cispo': there it is the cap "
+            "on the ratio itself, and less than 1 would scale down even unmoved tokens. "
+            "Set for example epsilon_high=5.0."
+        )
 
 
 def mean_power_is_of_tokens(settings: ObjectiveSettings, name: str) -> Iterator[str]:
+    """Refuse a power mean over tokens where whole completions are clipped."""
     powered = settings.mean_power != 0 or settings.mean_power_final is not None
     if powered and settings.importance_sampling_level == "sequence":
         yield (
-            f"mean_power={settings.mean_power!r}, mean_power_final={settings.mean_power_final!r} with "
-            "importance_sampling_level='sequence': the sequence level sums log-ratios and has no mean over tokens. "
-            "Use importance_sampling_level='token', or leave mean_power at 0.0 and mean_power_final at None."
+            f"mean_power={settings.mean_power!r}, mean_power_final={settings.mean_power_final!r} "
+            "with importance_sampling_level='sequence': the sequence level sums log-ratios and has "
+            "no mean over tokens. Use importance_sampling_level='token', or leave mean_power at "
+            "0.0 and mean_power_final at None."
         )
 
 
 def correction_has_bounds(settings: ObjectiveSettings, name: str) -> Iterator[str]:
+    """Refuse a correction whose bounds cross, or that has nothing to truncate to."""
     correction = correction_from(settings)
     if correction is None:
         return
+
     low, high = correction.low, correction.high
     if low is not None and high is not None and low >= high:
         yield (
-            f"vllm_importance_sampling_clip_min={low!r} is not below vllm_importance_sampling_clip_max={high!r}. "
+            f"vllm_importance_sampling_clip_min={low!r} is not below "
+            f"vllm_importance_sampling_clip_max={high!r}. "
             "Lower the one, raise the other, or set one to None."
         )
     if low is None and high is None and not correction.masks:
         yield (
             f"vllm_importance_sampling_mode={correction.mode!r} has nothing to truncate to: set "
-            "vllm_importance_sampling_clip_max (for example 3.0) or vllm_importance_sampling_clip_min."
+            "vllm_importance_sampling_clip_max (for example 3.0) or "
+            "vllm_importance_sampling_clip_min."
         )
 
 
 def correction_fits_vespo(settings: ObjectiveSettings, name: str) -> Iterator[str]:
+    """Refuse geometric corrections for VESPO."""
     correction = correction_from(settings)
     if name == "vespo" and correction is not None and correction.mode.startswith("geometric"):
         yield (
-            f"vllm_importance_sampling_mode={correction.mode!r} with loss_type='vespo': VESPO multiplies the ratios of "
-            "all tokens of a completion, and a geometric mean is not their product. Use a token_* or sequence_* mode."
+            f"vllm_importance_sampling_mode={correction.mode!r} with loss_type='vespo': VESPO "
+            "multiplies the ratios of all tokens of a completion, and a geometric mean is not "
+            "their product. Use a token_* or sequence_* mode."
         )
 
 
 def entropy_range_is_ordered(settings: ObjectiveSettings, name: str) -> Iterator[str]:
+    """Refuse an empty range of the entropy bonus's coefficient."""
     low, high = settings.entropy_coef_min, settings.entropy_coef_max
     if settings.use_adaptive_entropy and low > high:
         yield f"entropy_coef_min={low!r} is above entropy_coef_max={high!r}. Swap them."
 
 
-RULES = (
+Rule = Callable[[ObjectiveSettings, str], Iterator[str]]
+
+RULES: tuple[Rule, ...] = (
     numbers_are_finite,
     options_are_read,
     options_have_their_switch,

@@ -1,7 +1,8 @@
-"""Sampler/trainer correction: the engine that sampled computes slightly other probabilities than the trainer does.
+"""Sampler/trainer correction: the engine's probabilities differ slightly from the trainer's.
 
-The tokens were drawn from the engine's distribution, so a gradient that treats them as the policy's own is biased.  The
-weight trainer / sampler removes the bias; bounds keep its variance in check.  No gradient flows through it.
+The tokens were drawn from the engine's distribution, so a gradient that treats them as the policy's
+own is biased.  The weight trainer / sampler removes the bias; bounds keep its variance in check.
+No gradient flows through it.
 """
 
 from dataclasses import dataclass
@@ -22,54 +23,63 @@ LOG_RATIOS = {  # of [B, T] log differences over the mask
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Which ratio of old policy to sampler is taken, and what happens to one outside of its bounds."""
+    """The weight of old policy over sampler: how it is taken, and what happens outside its bounds.
+
+    Example:
+        log differences [[0.7, 0.4]], bounds None and 2, exp(0.7) = 2.01, exp(0.4) = 1.49
+        token_truncate -> [[2.0, 1.49]]      token_mask -> [[0, 1.49]]
+        sequence_truncate: exp(1.1) = 3.00 -> [[2.0]]      geometric_mask: exp(0.55) -> [[1.73]]
+    """
 
     mode: str  # "{token,sequence,geometric}_{truncate,mask}"
-    low: float | None  # None: unbounded
-    high: float | None
+    low: float | None  # None for no lower bound
+    high: float | None  # None for no upper bound
 
     @property
     def masks(self) -> bool:
+        """True if a ratio outside the bounds drops its token or row; false if it is clamped."""
         return self.mode.endswith("mask")
 
     def ratio(self, difference: Tensor, mask: Tensor) -> Tensor:
-        """The raw ratio: [B, T] for token modes, else [B, 1].
+        """Return the ratio before its bounds: [B, T] for token modes, else [B, 1].
 
         Args:
             difference: [B, T] from `sampler_difference`.
+            mask: [B, T] bool, the counted tokens.
         """
         log_ratio = LOG_RATIOS[self.mode.split("_")[0]](difference, mask)
         return log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
 
     def outside(self, ratio: Tensor) -> Tensor:
-        """Where the ratio is under its lower or over its upper bound; a ratio on the bound is inside."""
+        """Return where the ratio is outside its bounds; a ratio on a bound is inside."""
         low = 0.0 if self.low is None else self.low
         high = torch.inf if self.high is None else self.high
         return (ratio < low) | (ratio > high)
 
     def weight(self, ratio: Tensor) -> Tensor:
-        """The ratio, clamped to its bounds ("truncate") or set to 0 outside of them ("mask")."""
+        """Return the ratio, clamped to its bounds ("truncate") or 0 outside them ("mask")."""
         if self.masks:
             return torch.where(self.outside(ratio), 0, ratio)
         return ratio.clamp(self.low, self.high)
 
 
 def reported_logps(sampler_logps: Tensor | None, old_logps: Tensor) -> Tensor:
-    """[B, T]: the sampler's log-probs, and the old policy's for tokens where it reported none (None, NaN)."""
-    return (
-        old_logps
-        if sampler_logps is None
-        else torch.where(sampler_logps.isnan(), old_logps, sampler_logps)
-    )
+    """Return the sampler's log-probs, [B, T]; the old policy's where it reported none (None, NaN)."""
+    if sampler_logps is None:
+        return old_logps
+    return torch.where(sampler_logps.isnan(), old_logps, sampler_logps)
 
 
 def sampler_difference(old_logps: Tensor, sampler_logps: Tensor | None, mask: Tensor) -> Tensor:
-    """[B, T]: log of trainer over sampler, 0 outside of the mask and where the sampler reported nothing."""
+    """Return the log of trainer over sampler, [B, T].
+
+    It is 0 outside the mask, and where the sampler reported nothing.
+    """
     return torch.where(mask, old_logps - reported_logps(sampler_logps, old_logps), 0)
 
 
 def correction_from(settings: ObjectiveSettings) -> Correction | None:
-    """The correction that the settings ask for; None where it is switched off."""
+    """Return the correction that the settings ask for; None if it is off."""
     if not settings.vllm_importance_sampling_correction:
         return None
     cap = settings.vllm_importance_sampling_cap

@@ -25,14 +25,14 @@ from gmpo.objective.vespo import vespo
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What a ratio costs, and how rows and tokens are averaged."""
+    """The cost of a ratio, and the average over rows and tokens."""
 
     surrogate: Callable[..., Surrogate]  # its keyword arguments are the options that it reads
     aggregate: Callable[[Tensor, Tensor, Denominators], Tensor]
 
     @property
     def depends_on_micro_batches(self) -> bool:
-        """True if the aggregate divides by counts of the micro-batch: found by asking it."""
+        """True if the aggregate divides by counts of the micro-batch; found by asking it."""
         one, mask = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
         counts = Denominators(
             rows=2, tokens=3, micro_batch_tokens=5, micro_batches=7, max_completion_length=11
@@ -61,9 +61,10 @@ FAMILY = {
 
 
 def member_name(settings: ObjectiveSettings, *, algorithm: str) -> str:
-    """The key of `FAMILY` that a trainer minimises.
+    """Return the key in `FAMILY` of the objective that a trainer minimises.
 
     Args:
+        settings: Of the objective, or of a whole run.
         algorithm: "gmpo" (GMPOTrainer) or "grpo" (GRPOTrainer).
 
     Raises:
@@ -73,12 +74,13 @@ def member_name(settings: ObjectiveSettings, *, algorithm: str) -> str:
     if algorithm == "grpo":
         if asked == "gmpo":
             raise ValueError(
-                "loss_type='gmpo' is GMPOTrainer's. Use GMPOTrainer with GMPOConfig: epsilon is in log space there."
+                "loss_type='gmpo' is GMPOTrainer's. Use GMPOTrainer with GMPOConfig: "
+                "epsilon is in log space there."
             )
         return asked
     if asked not in ("gmpo", "dapo"):
         raise ValueError(
-            f"loss_type={asked!r} is not GMPO: GMPOTrainer takes 'gmpo' or the inherited default 'dapo'. "
-            f"Use GRPOTrainer with GRPOConfig for {asked!r}."
+            f"loss_type={asked!r} is not GMPO: GMPOTrainer takes 'gmpo' or the inherited default "
+            f"'dapo'. Use GRPOTrainer with GRPOConfig for {asked!r}."
         )
     return "gmpo"

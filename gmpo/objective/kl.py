@@ -7,13 +7,15 @@ from gmpo.objective.types import ObjectiveInputs
 
 
 def kl_k3(x: ObjectiveInputs, *, bias_correction: bool) -> Tensor:
-    """[B, T]: the k3 estimate of KL(policy || reference) per counted token, 0 elsewhere.
+    """Return the k3 estimate of KL(policy || reference) per counted token, [B, T]; 0 elsewhere.
 
         k3_t = exp(q) - q - 1,    q = ref_logp_t - logp_t
 
     Args:
-        bias_correction: Multiply by exp(logp_t - old_logp_t), with its gradient: the tokens were drawn from the old
-            policy, and k3 is unbiased only under the current one (DeepSeek-V3.2, arXiv:2512.02556).
+        x: Log-probs of the policy and of the reference.
+        bias_correction: Multiply by exp(logp_t - old_logp_t), with its gradient.  The tokens were
+            drawn from the old policy, and k3 is unbiased only under the current one
+            (DeepSeek-V3.2, arXiv:2512.02556).
 
     Source: John Schulman, "Approximating KL divergence", 2020.
     """

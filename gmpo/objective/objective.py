@@ -22,10 +22,10 @@ from gmpo.types import Statistics
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Settings only, no state; make one with `objective_from`."""
+    """A member of the family with its options.  It has no state; `objective_from` makes one."""
 
     member: Member
-    options: Mapping[str, Any]  # what the member's surrogate reads
+    options: Mapping[str, Any]  # keywords of the member's surrogate
     mean_power_final: float | None
     beta: float
     bias_correction: bool  # of the KL
@@ -54,35 +54,42 @@ class Objective:
         progress: float = 0.0,
         entropy_coef: float = 0.0,
     ) -> tuple[Tensor, Statistics]:
-        """This chunk's share of the optimizer batch's loss; shares add up to it exactly, however rows are cut.
+        """Return this chunk's share of the optimizer batch's loss, and its figures.
+
+        Shares add up to the loss exactly, however the rows are cut.
 
         Args:
             inputs: Rows of one chunk.  Computed in float32, or wider where the log-probs are.
             denominators: Counts of the whole optimizer batch.
-            progress: Share of the training that is done, in [0, 1]; moves `mean_power` to `mean_power_final`.
+            progress: Share of the training that is done, in [0, 1]; moves `mean_power` to
+                `mean_power_final`.
             entropy_coef: Weight of the entropy bonus in this step, from `EntropyController.coef`.
         """
         x = prepared(inputs)
         terms = self.terms(x)
         surrogate = self.member.surrogate(terms, **self.options_at(progress))
         loss = self.member.aggregate(surrogate.loss, x.mask, denominators)
+
         kl = kl_k3(x, bias_correction=self.bias_correction) if self.beta else None
         if kl is not None:
             loss = loss + self.beta * self.member.aggregate(kl, x.mask, denominators)
+
         if entropy_coef:
             assert x.entropy is not None, "an entropy bonus needs the entropy"
             loss = loss - entropy_coef * total(x.entropy, x.mask) / max(denominators.tokens, 1)
         return loss, statistics(x, terms, surrogate, kl, self.correction)
 
     def terms(self, x: ObjectiveInputs) -> SurrogateInputs:
-        """Apply the off-policy mask, the selection and the correction, in this order."""
+        """Apply the selection, the off-policy mask and the correction, in this order."""
         select = x.select & x.mask
         if self.off_policy_threshold is not None:
             select = select & rows_on_policy(x, self.off_policy_threshold)
+
         weight = x.logps.new_ones(1, 1)
         if self.correction is not None and x.sampler_logps is not None:
             difference = sampler_difference(x.old_logps, x.sampler_logps, x.mask)
             weight = self.correction.weight(self.correction.ratio(difference, x.mask))
+
         return SurrogateInputs(
             logps=torch.where(x.mask, x.logps, 0),
             log_ratio=torch.where(x.mask, x.logps - x.old_logps, 0),
@@ -93,40 +100,40 @@ class Objective:
         )
 
     def options_at(self, progress: float) -> Mapping[str, Any]:
-        """The surrogate's options, with `mean_power` where its annealing has brought it."""
+        """Return the surrogate's options, with `mean_power` as far as it has moved.
+
+        Example:
+            mean_power 0, mean_power_final 1, progress 0.25 -> mean_power 0.25
+        """
         if self.mean_power_final is None:
             return self.options
         start = self.options["mean_power"]
-        return {
-            **self.options,
-            "mean_power": start + (self.mean_power_final - start) * min(max(progress, 0.0), 1.0),
-        }
+        moved = (self.mean_power_final - start) * min(max(progress, 0.0), 1.0)
+        return {**self.options, "mean_power": start + moved}
 
 
 def prepared(inputs: ObjectiveInputs) -> ObjectiveInputs:
-    """The same in float32, or wider where a field is, and with no gradient but in log-probs and entropy."""
-    fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    floats = {
-        name: value
-        for name, value in fields.items()
-        if value is not None and value.is_floating_point()
-    }
-    width = (
-        torch.float64
-        if any(value.dtype == torch.float64 for value in floats.values())
-        else torch.float32
-    )
-    floats = {name: value.to(width) for name, value in floats.items()}
-    constant = {
-        name: value.detach() for name, value in floats.items() if name not in ("logps", "entropy")
-    }
-    return dataclasses.replace(inputs, **floats | constant)
+    """Return `inputs` in float32, or in float64 if a field is.
+
+    Only log-probs and entropy keep their gradients.
+    """
+    floats: dict[str, Tensor] = {}
+    for f in dataclasses.fields(inputs):
+        value: Tensor | None = getattr(inputs, f.name)
+        if value is not None and value.is_floating_point():
+            floats[f.name] = value if f.name in ("logps", "entropy") else value.detach()
+
+    is_double = any(value.dtype == torch.float64 for value in floats.values())
+    width = torch.float64 if is_double else torch.float32
+    wide: dict[str, Any] = {name: value.to(width) for name, value in floats.items()}
+    return dataclasses.replace(inputs, **wide)
 
 
 def objective_from(settings: ObjectiveSettings, *, algorithm: str) -> Objective:
-    """The objective that the settings ask for.
+    """Return the objective that the settings ask for.
 
     Args:
+        settings: Of the objective, or of a whole run.
         algorithm: "gmpo" (GMPOTrainer) or "grpo" (GRPOTrainer), where `loss_type` names the member.
 
     Raises:
@@ -134,9 +141,11 @@ def objective_from(settings: ObjectiveSettings, *, algorithm: str) -> Objective:
     """
     check_objective(settings, algorithm=algorithm)
     member = FAMILY[member_name(settings, algorithm=algorithm)]
+
     options = {name: getattr(settings, name) for name in member.options}
     if "epsilon_high" in options and options["epsilon_high"] is None:
         options["epsilon_high"] = settings.epsilon
+
     return Objective(
         member=member,
         options=options,

@@ -1,4 +1,4 @@
-"""What the members that charge each token have in common."""
+"""The part that the members which charge each token have in common."""
 
 import torch
 from torch import Tensor
@@ -15,13 +15,17 @@ LOG_WEIGHTS = {
 
 
 def log_weights(x: SurrogateInputs, level: str) -> Tensor:
-    """[B, T]: log w of every selected token, 0 elsewhere, so that no exponential of an unselected one can overflow.
+    """Return log w of every selected token, [B, T].
 
-    level: "token" takes the token's own log-ratio, "sequence" the mean over the completion.
+    It is 0 elsewhere, so that no exponential of an unselected token can overflow.
+
+    Args:
+        x: Log-ratios and selected tokens.
+        level: "token" takes the token's own log-ratio, "sequence" the mean over the completion.
     """
     return torch.where(x.select, LOG_WEIGHTS[level](x), 0)
 
 
 def charged(x: SurrogateInputs, cost: Tensor) -> Tensor:
-    """[B, T]: what the selected tokens cost after the sampler/trainer correction, 0 elsewhere."""
+    """Return the selected tokens' costs after the sampler/trainer correction, [B, T]; 0 elsewhere."""
     return torch.where(x.select, cost * x.correction, 0)

@@ -17,10 +17,13 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vesp
 
 @dataclass
 class ObjectiveSettings:
+    """Options of the objective."""
+
     loss_type: str = option(
         "dapo",
-        "Member of the family: what a ratio costs and how tokens and rows are averaged. GMPOTrainer always minimises "
-        "GMPO's loss and takes 'gmpo' or the inherited default 'dapo' for it.",
+        "Member of the family: the cost of a ratio, and the average over tokens and rows. "
+        "GMPOTrainer always minimises GMPO's loss and takes 'gmpo' or the inherited default 'dapo' "
+        "for it.",
         choices=("gmpo", *LOSS_TYPES),
     )
     beta: float = option(
@@ -34,13 +37,15 @@ class ObjectiveSettings:
     )
     epsilon_high: float | None = option(
         None,
-        "Upper clip bound, of the ratio minus 1 (GRPO's family) or of the log-ratio (GMPO); None takes epsilon.",
+        "Upper clip bound, of the ratio minus 1 (GRPO's family) or of the log-ratio (GMPO); None "
+        "takes epsilon.",
         low=0.0,
         low_open=True,
     )
     delta: float | None = option(
         None,
-        "Upper bound for negative advantages: of the ratio (GRPO's family), of the log-ratio (GMPO). None: unbounded.",
+        "Upper bound for negative advantages: of the ratio (GRPO's family), of the log-ratio "
+        "(GMPO). None for no bound.",
         low=0.0,
         low_open=True,
     )
@@ -76,11 +81,13 @@ class ObjectiveSettings:
     )
     mask_truncated_completions: bool = option(
         False,
-        "Completions that ran into max_completion_length get no policy gradient; denominators stay.",
+        "Completions that ran into max_completion_length get no policy gradient; denominators "
+        "stay.",
     )
     off_policy_mask_threshold: float | None = option(
         None,
-        "Drop completions with a negative advantage whose mean log-ratio of sampler to policy exceeds this many nats.",
+        "Drop completions with a negative advantage whose mean log-ratio of sampler to policy "
+        "exceeds this many nats.",
     )
     use_bias_correction_kl: bool = option(
         False, "Weigh each token's KL by its importance ratio, with its gradient."
@@ -100,8 +107,8 @@ class ObjectiveSettings:
     )
     vllm_importance_sampling_mode: str = option(
         "sequence_mask",
-        "Level (token, sequence, geometric mean) at which that ratio is taken, and whether it is clamped ('truncate') "
-        "or dropped ('mask') outside of its bounds.",
+        "Level (token, sequence, geometric mean) at which that ratio is taken, and whether it is "
+        "clamped ('truncate') or dropped ('mask') outside its bounds.",
         choices=CORRECTION_MODES,
     )
     vllm_importance_sampling_clip_max: float | None = option(

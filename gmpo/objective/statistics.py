@@ -1,7 +1,7 @@
-"""What the objective reports of a chunk, for the log.
+"""Figures of a chunk, for the log.
 
-Means are (sum, count).  A minimum or maximum over no token at all is +inf or -inf, the neutral element when chunks are
-put together; the report leaves out what is still infinite in the end.
+Means are (sum, count).  A minimum or maximum over no token is +inf or -inf, the neutral element
+when chunks are put together; the report leaves out what is still infinite in the end.
 """
 
 import torch
@@ -14,14 +14,17 @@ from gmpo.types import Statistics
 
 
 def mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over the counted values, and their number."""
     return total(values, counted), counted.sum()
 
 
 def smallest(values: Tensor, counted: Tensor) -> Tensor:
+    """Return the smallest counted value; +inf if there is none."""
     return torch.where(counted, values, torch.inf).amin()
 
 
 def largest(values: Tensor, counted: Tensor) -> Tensor:
+    """Return the largest counted value; -inf if there is none."""
     return torch.where(counted, values, -torch.inf).amax()
 
 
@@ -33,16 +36,20 @@ def statistics(
     kl: Tensor | None,
     correction: Correction | None,
 ) -> Statistics:
-    """All figures of a chunk.
+    """Return all figures of a chunk.
 
     Args:
-        kl: [B, T], or None without a reference.
-        correction: None where it is off; the difference to a reporting sampler is shown all the same.
+        x: Inputs of the objective.
+        terms: Inputs of the surrogate.
+        surrogate: Its result.
+        kl: [B, T]; None without a reference.
+        correction: None if it is off; the difference to a reporting sampler is shown all the same.
     """
     figures = Statistics()
     for name, values in (("entropy", x.entropy), ("kl", kl)):
         if values is not None:
             figures.means[name] = mean(values, x.mask)
+
     figures.minima["log_ratio/min"] = smallest(terms.log_ratio, x.mask)
     figures.maxima["log_ratio/max"] = largest(terms.log_ratio, x.mask)
     figures.update(clip_statistics(surrogate, terms.select))
@@ -53,7 +60,7 @@ def statistics(
 
 
 def clip_statistics(surrogate: Surrogate, select: Tensor) -> Statistics:
-    """Shares of the selected tokens that are capped; the smallest and largest share of a row."""
+    """Return the shares of selected tokens that are capped, and the extremes of rows' shares."""
     low, high = surrogate.capped_low, surrogate.capped_high
     rows = select.any(-1, keepdim=True)
     return Statistics(
@@ -68,7 +75,7 @@ def clip_statistics(surrogate: Surrogate, select: Tensor) -> Statistics:
 
 
 def ratio_statistics(surrogate: Surrogate, terms: SurrogateInputs) -> Statistics:
-    """What positive and negative advantages are multiplied by, over the rows that have selected tokens."""
+    """Return the factors of positive and of negative advantages, over rows with selected tokens."""
     advantage = row_mean(terms.advantages, terms.select)  # [B, 1]
     figures = Statistics()
     for sign, rows in (("positive", advantage > 0), ("negative", advantage < 0)):
@@ -78,7 +85,7 @@ def ratio_statistics(surrogate: Surrogate, terms: SurrogateInputs) -> Statistics
 
 
 def sampling_statistics(x: ObjectiveInputs, correction: Correction | None) -> Statistics:
-    """How far sampler and trainer are apart: nats per token, and the ratio before its bounds are applied."""
+    """Return the distance of sampler and trainer, in nats per token, and the unbounded ratio."""
     difference = sampler_difference(x.old_logps, x.sampler_logps, x.mask)
     name = "sampling/sampling_logp_difference"
     figures = Statistics(
@@ -87,14 +94,16 @@ def sampling_statistics(x: ObjectiveInputs, correction: Correction | None) -> St
     )
     if correction is None:
         return figures
+
+    # One ratio per token, or one per row that has any.
     name = "sampling/importance_sampling_ratio"
     ratio = correction.ratio(difference, x.mask)
     counted = x.mask if ratio.shape == x.mask.shape else x.mask.any(-1, keepdim=True)
-    outside = correction.outside(ratio).to(ratio.dtype)
     figures.minima[f"{name}/min"] = smallest(ratio, counted)
     figures.means[f"{name}/mean"] = mean(ratio, counted)
     figures.maxima[f"{name}/max"] = largest(ratio, counted)
-    figures.means[f"{name}/{'masked' if correction.masks else 'truncated'}"] = mean(
-        outside, counted
-    )
+
+    outside = correction.outside(ratio).to(ratio.dtype)
+    outcome = "masked" if correction.masks else "truncated"
+    figures.means[f"{name}/{outcome}"] = mean(outside, counted)
     return figures
