@@ -49,6 +49,10 @@ def expected_scores(hidden, head, targets, transform):
     ).entropy()
 
 
+def weighed(pair, weights):
+    return pair[0] @ weights[0] + pair[1] @ weights[1]
+
+
 def grads_of(loss, hidden, head):
     return torch.autograd.grad(loss, [hidden, *head.parameters()])
 
@@ -61,14 +65,13 @@ def test_values_and_gradients_are_those_of_log_softmax(problem, bias, transform,
     logps, entropy = token_logps(hidden, Head(head), targets, transform)
     expected = expected_scores(hidden, head, targets, transform)
     torch.testing.assert_close((logps, entropy), expected, rtol=1e-12, atol=1e-12)
-    for parts in ((1, 0), (0, 1), (1, 1)):
-        weigh = lambda pair, parts=parts: (
-            (parts[0] * pair[0] @ into_logps) + (parts[1] * pair[1] @ into_entropy)
-        )  # noqa: E731
-        found = grads_of(weigh(token_logps(hidden, Head(head), targets, transform)), hidden, head)
+    for in_logps, in_entropy in ((1, 0), (0, 1), (1, 1)):
+        weights = (in_logps * into_logps, in_entropy * into_entropy)
+        found = token_logps(hidden, Head(head), targets, transform)
+        expected = expected_scores(hidden, head, targets, transform)
         torch.testing.assert_close(
-            found,
-            grads_of(weigh(expected_scores(hidden, head, targets, transform)), hidden, head),
+            grads_of(weighed(found, weights), hidden, head),
+            grads_of(weighed(expected, weights), hidden, head),
             rtol=1e-11,
             atol=1e-11,
         )
