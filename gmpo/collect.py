@@ -59,6 +59,8 @@ class Collection:
 
     def prompts_for_metrics(self) -> Tensor:
         """Return the prompts, [n, P] int64, with -100 on the padding at the left."""
+        if not self.rollouts:  # a rank without rows: pad_sequence takes no empty list
+            return torch.zeros(0, 1, dtype=torch.int64)
         prompts = [torch.tensor(rollout.prompt.ids) for rollout in self.rollouts]
         return nn.utils.rnn.pad_sequence(prompts, True, -100, "left")
 
@@ -120,18 +122,8 @@ class Collector:
         with self.stopwatch.timed("publish"):
             self.engine.publish(version)
 
-        # One request per prompt: the rows of a group are one object and stand next to each other.
-        groups = group_indices(rows.rows)
-        starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
-        ends = [*starts[1:], len(groups)]
         with raise_on_all_ranks("encode the prompts"):
-            prompts = self.encoder.encode([rows.rows[i] for i in starts])
-
-        # A group may begin on another rank: `first` is the number of its first sample here.
-        requests = []
-        for prompt, start, end in zip(prompts, starts, ends, strict=True):
-            group, first = divmod(rows.offset + start, group_size)
-            requests.append(Request(prompt, end - start, mixed_seed(seed, group), first))
+            requests = self._requests(rows, group_size, seed=seed)
 
         with self.stopwatch.timed("generate"):
             with raise_on_all_ranks("generate completions"):
@@ -142,20 +134,42 @@ class Collector:
             self.stopwatch.count_tokens("generate", num_tokens)
         return rollouts
 
+    def _requests(self, rows: Rows, group_size: int, *, seed: int) -> list[Request]:
+        """Return one request per prompt of this rank; no request if it has no rows.
+
+        A group may begin on another rank: `first` is the number of its first sample here.
+
+        Example:
+            rows [a, a, b, b] at offset 2 with groups of 4:
+            Request(a, count 2, first 2) of group 0, Request(b, count 2, first 0) of group 1
+        """
+        groups = group_indices(rows.rows)
+        starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
+        prompts = self.encoder.encode([rows.rows[i] for i in starts])
+
+        requests = []
+        for number, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            group, first = divmod(rows.offset + start, group_size)
+            count = groups.count(number)
+            requests.append(Request(prompt, count, mixed_seed(seed, group), first))
+        return requests
+
     def _with_advantages(
         self, rows: Rows, rollouts: list[Rollout], scored: Scored, group_size: int
     ) -> Collection:
         """Take the advantages of this rank's rows, for which the rewards of all ranks are needed."""
         all_rewards = distributed.all_gather(scored.rewards)
-        advantages = group_advantages(all_rewards, group_size, self.reward_settings)
         rows_of_ranks = distributed.all_gather_objects(len(rollouts))
         offset = sum(rows_of_ranks[: distributed.rank()])
-        batch = as_batch(
-            rollouts,
-            advantages.advantages[offset : offset + len(rollouts)],
-            group=group_indices(rows.rows),
-            mask_truncated=self.mask_truncated,
-        )
+
+        with raise_on_all_ranks("take the advantages"):
+            advantages = group_advantages(all_rewards, group_size, self.reward_settings)
+            batch = as_batch(
+                rollouts,
+                advantages.advantages[offset : offset + len(rollouts)],
+                group=group_indices(rows.rows),
+                mask_truncated=self.mask_truncated,
+            )
         return Collection(rows, rollouts, scored, all_rewards, advantages, batch)
 
     # -- other prompts for groups without signal -------------------------------------------------
@@ -173,7 +187,8 @@ class Collector:
         if not numbers:
             return {}
 
-        here = {prompt_key(row) for row in collection.rows.rows}
+        with raise_on_all_ranks("compare the prompts at hand"):
+            here = {prompt_key(row) for row in collection.rows.rows}
         at_hand = set().union(*distributed.all_gather_objects(here))
         with raise_on_all_ranks("draw other prompts"):
             drawn = self.replacements.draw(len(numbers), without=at_hand, seed=seed)
@@ -187,17 +202,14 @@ class Collector:
         group_size: int,
     ) -> Collection:
         """Return `old` with the rows of `new` in the place of the groups that `drawn` names."""
-        places = places_of(old.rows, drawn, group_size)
-        rows, rollouts = list(old.rows.rows), list(old.rollouts)
-        for place, row, rollout in zip(places, new.rows.rows, new.rollouts, strict=True):
-            rows[place], rollouts[place] = row, rollout
+        with raise_on_all_ranks("put other prompts in the place of groups without signal"):
+            places = places_of(old.rows, drawn, group_size)
+            rows, rollouts = list(old.rows.rows), list(old.rollouts)
+            for place, row, rollout in zip(places, new.rows.rows, new.rollouts, strict=True):
+                rows[place], rollouts[place] = row, rollout
+            scored = old.scored.replaced(places, new.scored)
 
-        merged = self._with_advantages(
-            replace(old.rows, rows=rows),
-            rollouts,
-            old.scored.replaced(places, new.scored),
-            group_size,
-        )
+        merged = self._with_advantages(replace(old.rows, rows=rows), rollouts, scored, group_size)
         merged.dropped = old.dropped + [old.rollouts[place] for place in places]
         return merged
 

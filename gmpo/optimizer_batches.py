@@ -110,15 +110,16 @@ class OptimizerBatches:
             resample=True,
         )
         self.report(collection)
-        batch = collection.batch.to(self.args.device)
 
-        indices = split_into_micro_batches(
-            collection.batch.group,
-            rows=self.args.per_device_train_batch_size,
-            passes=self.args.num_iterations,
-            seed=seed,
-        )[rows.micro_step :]
-        indices = self._pack_signal_rows(model, indices, batch, first=remaining)
+        with distributed.raise_on_all_ranks("cut a collection into micro-batches"):
+            batch = collection.batch.to(self.args.device)
+            indices = split_into_micro_batches(
+                collection.batch.group,
+                rows=self.args.per_device_train_batch_size,
+                passes=self.args.num_iterations,
+                seed=seed,
+            )[rows.micro_step :]
+            indices = self._pack_signal_rows(model, indices, batch, first=remaining)
 
         self.add_reference(model, batch)
         self._add_old(model, batch, indices[remaining:])

@@ -150,7 +150,9 @@ class Stages:
         """Take the figures and completions of a collection into the logs.  Every rank must call."""
         names = [source.name for source in self.collector.sources]
         state = self.collector.trainer_state
-        statistics = collection.statistics(names)
+        with distributed.raise_on_all_ranks("report the completions"):
+            statistics = collection.statistics(names)
+            records = collection.records(names)
 
         if mode == "train":
             written = [*collection.rollouts, *collection.dropped]
@@ -162,7 +164,7 @@ class Stages:
                 statistics.means["signal/dropped"] = dropped
 
         self.metrics.add(statistics, mode=mode)
-        self.completion_log.add(collection.records(names), step=state.global_step, mode=mode)
+        self.completion_log.add(records, step=state.global_step, mode=mode)
 
     def figures_since_last_log(self, step: int) -> dict[str, float]:
         """Return what was counted since the last call, and write its completions.  Every rank must call."""

@@ -59,6 +59,7 @@ def trainer(output_dir, rows, *, dtype=torch.float64, model=None, peft_config=No
     config = config_class(
         output_dir,
         per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows // 2,  # of 5 prompts, the last is a batch of its own
         **{
             "num_generations": 4,
             "gradient_accumulation_steps": 2,
@@ -84,10 +85,17 @@ def trainer(output_dir, rows, *, dtype=torch.float64, model=None, peft_config=No
         score,
         config,
         PROMPTS,
-        eval_dataset=PROMPTS.select(range(5)),  # more than a batch, and not two
+        eval_dataset=PROMPTS.select(range(5)),
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
+        compute_metrics=counted,
     )
+
+
+def counted(prediction):
+    """Rows, and tokens of their prompts."""
+    tokens = int((prediction.inputs >= 0).sum()) if prediction.inputs is not None else 0
+    return {"rows": len(prediction.predictions), "prompt_tokens": tokens}
 
 
 def result_of(run):
@@ -96,6 +104,7 @@ def result_of(run):
     return {
         "weights": weights,
         "logs": [entry for entry in run.state.log_history if "loss" in entry],
+        "evaluations": [entry for entry in run.state.log_history if "eval_loss" in entry],
     }
 
 
@@ -164,3 +173,6 @@ def assert_same_training(theirs, ours, *, start, rtol=1e-7, atol=1e-8):
             "num_tokens",
         ):
             assert their_entry.get(name) == pytest.approx(entry.get(name), rel=1e-5, abs=1e-6), name
+    for their_entry, entry in zip(theirs["evaluations"], ours["evaluations"], strict=True):
+        for name in ("eval_loss", "eval_reward", "eval_rows", "eval_prompt_tokens"):
+            assert their_entry[name] == pytest.approx(entry[name], rel=1e-5, abs=1e-6), name

@@ -1,4 +1,4 @@
-"""Where ranks exchange tensors: NCCL takes those on GPUs alone."""
+"""Where ranks exchange tensors: NCCL takes only those on GPUs."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_what_ranks_exchange_lies_where_they_meet(monkeypatch, call):
         raise Met({tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)})
 
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "meeting_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(distributed, "collective_device", lambda: torch.device("meta"))
     monkeypatch.setattr(distributed.dist, "all_reduce", meet)
     monkeypatch.setattr(distributed.dist, "all_gather", meet)
     with pytest.raises(Met) as caught:

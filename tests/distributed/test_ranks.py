@@ -26,6 +26,11 @@ CASES = {
         "ref_model_mixup_alpha": 0.5,
     },
     "resampling": {"zero_signal_groups": "resample", "gradient_accumulation_steps": 1},
+    "resampling while the other rank rests": {  # groups of 2, one of four or so is silent
+        "zero_signal_groups": "resample",
+        "gradient_accumulation_steps": 1,
+        "num_generations": 2,
+    },
     "chunks": {"max_tokens_per_chunk": 12},
     "entropy selection": {"top_entropy_quantile": 0.5, "gradient_accumulation_steps": 1},
     "a group over both ranks": {"num_generations": 16},
@@ -33,7 +38,12 @@ CASES = {
     "adapter": {
         "peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     },
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2},
+    "evaluation whose last batch leaves a rank empty": {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "num_generations_eval": 2,
+        "include_for_metrics": ["inputs"],
+    },
 }
 ADAPTER, MOVING = CASES["adapter"], CASES["moving reference"]
 IN_THE_HEAD = {
