@@ -1,4 +1,13 @@
 # `make demo` and `make test` set everything up in .venv; a second run starts at once.
+#
+#   make demo       train SmolLM2-135M on sums, on two CPU cores
+#   make test       the tests; PYTEST_ARGS="-k name" for some of them
+#   make test-vllm  those that need vLLM or DeepSpeed, in an environment with both
+#   make lint       ruff and pyright
+#   make docs       the documentation as a site, in site/
+#   make package    the wheel in dist/, installed into an empty environment and started
+#   make bench      short measurements; beside TRL after `make peer`
+#   make clean      remove what can be made again
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +16,7 @@ VLLM := .venv-vllm
 CACHE := .cache
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-vllm lint types bench peer clean
+.PHONY: demo test test-vllm lint types docs package bench peer clean
 
 # tests/parity and benchmarks/ run the peer in an environment of its own, where there is one
 export GMPO_PEER_PYTHON ?= $(if $(wildcard $(PEER)/ready),$(abspath $(PEER)/bin/python))
@@ -69,5 +78,20 @@ lint: types
 types: $(VENV)/ready
 	$(BIN)/pyright
 
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site: site/index.html"
+
+# no dependency of the wheel is installed again: those of .venv are lent to the empty environment
+package: $(VENV)/ready
+	rm -rf dist build/package
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m venv build/package
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(build/package/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lent.pth"
+	build/package/bin/python -m pip install --quiet --no-deps --disable-pip-version-check dist/*.whl
+	cd build/package && bin/gmpo --version && bin/gmpo env && \
+		bin/python -c "from gmpo import GMPOTrainer; import gmpo; print(gmpo.__file__); assert 'package' in gmpo.__file__"
+
 clean:
-	rm -rf $(CACHE) runs
+	rm -rf $(CACHE) runs site dist build
