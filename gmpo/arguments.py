@@ -18,7 +18,9 @@ from gmpo.option import advice
 from gmpo.policy.load import load_tokenizer
 from gmpo.reward.sources import FunctionReward
 from gmpo.reward.types import RewardSource
-from gmpo.rollout.prompts.dataset import PromptForm, check_dataset
+from gmpo.rollout.prompts.dataset import check_dataset
+from gmpo.rollout.prompts.encoder import PromptEncoder
+from gmpo.rollout.prompts.lengths import fitting
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -128,18 +130,32 @@ def tokenizer_of(model: str | nn.Module, args: GRPOConfig) -> PreTrainedTokenize
     return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
 
 
-def check_datasets(
-    train_dataset: Any, eval_dataset: Any, form: PromptForm, args: GRPOConfig
-) -> CollectionSize:
-    """Check presence, form and number of the prompts, and return the sizes of a collection.
+def usable_prompts(
+    train_dataset: Any, eval_dataset: Any, encoder: PromptEncoder
+) -> tuple[Any, Any]:
+    """Check presence, form and length of the prompts, and return the datasets to use.
 
     Raises:
         ValueError: Names the dataset and the row.
     """
-    check_dataset(train_dataset, form, name="train_dataset")
-    for name, rows in named_datasets(eval_dataset).items():
-        check_dataset(rows, form, name=name)
+    check_dataset(train_dataset, encoder.form, name="train_dataset")
+    named = named_datasets(eval_dataset)
+    for name, rows in named.items():
+        check_dataset(rows, encoder.form, name=name)
 
+    train_dataset = fitting(train_dataset, encoder, name="train_dataset")
+    named = {name: fitting(rows, encoder, name=name) for name, rows in named.items()}
+    if isinstance(eval_dataset, dict):
+        return train_dataset, dict(zip(eval_dataset, named.values(), strict=True))
+    return train_dataset, next(iter(named.values()), None)
+
+
+def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:
+    """Check the number of the prompts, and return the sizes of a collection.
+
+    Raises:
+        ValueError: If they are too few, or a stream can't be used as the options say.
+    """
     collection = CollectionSize(
         args.num_generations, args.rows_per_collection, args.micro_steps_per_collection
     )

@@ -79,7 +79,7 @@ def check_options(settings: Any) -> None:
 
 # options of older trainers that have no successor -> what to do instead
 GONE = {
-    "max_prompt_length": "Prompts are never cut: drop those that are too long from the dataset.",
+    "max_prompt_length": "Prompts may fill the model's context: overlong_prompts says what becomes of longer ones.",
     "use_liger_loss": "The vocabulary head is computed in tiles whatever the options are: leave it out.",
     "ref_model_init_kwargs": "The reference is a copy of the policy as it is given: leave it out.",
     "dataset_num_proc": "Prompts are encoded as they are needed: leave it out.",

@@ -36,8 +36,8 @@ from gmpo.report.completions import CompletionLog
 from gmpo.report.metrics import Metrics, Mode, Stopwatch
 from gmpo.reward.types import RewardSource
 from gmpo.rollout.build import build_engine
-from gmpo.rollout.local.sampler import sampling_from
 from gmpo.rollout.prompts.encoder import PromptEncoder
+from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.weights.version import PolicyVersion
 
 

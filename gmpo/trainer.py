@@ -31,6 +31,7 @@ from gmpo.arguments import (
     known_arguments_only,
     refuse_later_arguments,
     tokenizer_of,
+    usable_prompts,
     warn_if_nothing_is_sharded,
 )
 from gmpo.checkpoint import last_whole_checkpoint, load_state, save_state
@@ -115,7 +116,8 @@ class GRPOTrainer(Trainer):
 
         tokenizer = processing_class or tokenizer_of(model, args)
         self.encoder = PromptEncoder.build(tokenizer, model, args)
-        self.collection_size = check_datasets(train_dataset, eval_dataset, self.encoder.form, args)
+        train_dataset, eval_dataset = usable_prompts(train_dataset, eval_dataset, self.encoder)
+        self.collection_size = check_datasets(train_dataset, args)
 
         reward_model_settings = RewardModelSettings(
             init_kwargs=cast(dict, args.model_init_kwargs),

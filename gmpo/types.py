@@ -12,6 +12,7 @@ Axes: B rows, T completion tokens, P prompt tokens, G group, F reward sources, V
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,12 +24,25 @@ from gmpo.token_sets import TokenSets
 Messages = list[dict[str, Any]]
 
 
+class DatasetRow(dict[str, Any]):
+    """One row of a dataset, which knows its number there."""
+
+    def __init__(self, row: Mapping[str, Any], number: int) -> None:
+        super().__init__(row)
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make it again in another process, where a loader's workers send it."""
+        return DatasetRow, (dict(self), self.number)
+
+
 @dataclass(slots=True)
 class Prompt:
     """One prompt, ready for an engine.  The rows of a group share one object."""
 
     ids: list[int]  # tokens, with special tokens, at least one
     source: str | Messages  # what the dataset holds
+    opened: str = ""  # text at the prompt's end that the completion continues, such as "<think>\n"
 
 
 @dataclass(slots=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from gmpo.types import DatasetRow
+
 Row = dict[str, Any]
 
 
@@ -39,7 +41,7 @@ class ReplacementPrompts:
     def _shuffled(self, seed: int) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(seed)
         for index in torch.randperm(len(self.dataset), generator=generator).tolist():
-            yield dict(self.dataset[index])
+            yield DatasetRow(self.dataset[index], index)
 
 
 def prompt_key(row: Row) -> str:

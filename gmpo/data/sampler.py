@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from gmpo.types import DatasetRow
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -110,7 +112,8 @@ class KeyedRows(Dataset):
     def __getitems__(
         self, keys: list[tuple[int, int, int]]
     ) -> list[tuple[int, int, dict[str, Any]]]:
-        distinct = {index: dict(self.dataset[index]) for index in {index for _, _, index in keys}}
+        indices = {index for _, _, index in keys}
+        distinct = {index: DatasetRow(self.dataset[index], index) for index in indices}
         return [(micro_step, offset, distinct[index]) for micro_step, offset, index in keys]
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, int, dict[str, Any]]:
@@ -130,8 +133,8 @@ class StreamedRows(IterableDataset):
     def __iter__(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         per_rank = self.collection.rows // self.ranks
         prompts: list[dict[str, Any]] = []
-        for row in self.dataset:
-            prompts.append(dict(row))
+        for number, row in enumerate(self.dataset):
+            prompts.append(DatasetRow(row, number))
             if len(prompts) < self.collection.prompts:
                 continue
             rows = [row for row in prompts for _ in range(self.collection.group_size)]

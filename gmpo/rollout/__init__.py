@@ -1,6 +1,7 @@
 """Prompts in, rollouts out, by an Engine.
 
 engine.py           the contract: Request, Sampling, Completion, Engine
+sampling.py         settings to how to sample
 build.py            settings to engine, one table
 exactness.py        does an engine compute what is trained
 generation_mode.py  the trainer's module, lent out for generation

@@ -8,9 +8,10 @@ from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.local.checked import CheckedEngine
 from gmpo.rollout.local.hf_continuous import ContinuousEngine, generation_config
 from gmpo.rollout.local.hf_generate import GenerateEngine
-from gmpo.rollout.local.sampler import sampling_config, sampling_from
+from gmpo.rollout.local.sampler import sampling_config
 from gmpo.rollout.local.shared_prefix import SharedPrefixEngine
 from gmpo.rollout.prompts.encoder import PromptEncoder
+from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.settings import RolloutSettings
 
 Policy = Callable[[], Any]

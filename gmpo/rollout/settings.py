@@ -52,6 +52,12 @@ class RolloutSettings:
     chat_template_kwargs: dict[str, Any] | str | None = option(
         None, "Keywords for every chat template call."
     )
+    overlong_prompts: str = option(
+        "error",
+        "Prompts that leave no room for a completion in the model's context: 'error' refuses them before training, "
+        "'drop' leaves them out, 'truncate_left' cuts their beginning.",
+        choices=("error", "drop", "truncate_left"),
+    )
     generation_engine: str = option(
         "auto",
         "For generation in this process without vLLM: 'shared_prefix' prefills each prompt once for its group and lets "

@@ -200,6 +200,10 @@ SCENARIOS: dict[str, Scenario] = {
         }
     ),
     "dropout": Scenario(arguments=lambda _: {"model": tiny_model(attention_dropout=0.5)}),
+    "short context": Scenario(
+        {"overlong_prompts": "drop"},
+        arguments=lambda _: {"model": tiny_model(max_position_embeddings=9)},
+    ),
     "half": Scenario(arguments=lambda _: {"model": tiny_model(dtype=torch.bfloat16)}),
     "mixture": Scenario(arguments=lambda _: {"model": mixture()}),
     "drifted": Scenario(around=drifted_sampler),
@@ -323,7 +327,7 @@ def recorded(trainer: Any, result: Run) -> Iterator[None]:
         shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in keywords.items()}
         result.forwards.append({**shapes, "training": module.training})
 
-    trainer.stages.report = reporting
+    trainer.stages.report = trainer.stages.optimizer_batches.report = reporting
     handle = trainer.unwrapped_policy().base_model.register_forward_pre_hook(
         calling, with_kwargs=True
     )

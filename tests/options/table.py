@@ -126,6 +126,13 @@ ROLLOUT: dict[str, Row] = {
     "repetition_penalty": Acts(5.0, o.completions),
     "generation_kwargs": Acts({"max_new_tokens": 2}, o.longest, to=2),
     "chat_template_kwargs": Acts({"polite": True}, o.prompts, scenario="messages"),
+    "overlong_prompts": Acts(
+        "truncate_left",
+        o.prompts,
+        to=[[5], [5, 6], [5, 6, 7], [6, 7, 8]],
+        scenario="short context",
+        given={"shuffle_dataset": False},
+    ),
     "generation_engine": Acts("generate", o.engine, to="GenerateEngine"),
     "cache_implementation": Acts(
         "static", o.caches, to=["StaticCache"], given={"generation_engine": "generate"}

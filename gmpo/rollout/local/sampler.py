@@ -17,7 +17,6 @@ from transformers.generation import logits_process
 
 from gmpo.rollout.engine import Sampling
 from gmpo.rollout.local.sequence import GrowingSequence, StopCriteria
-from gmpo.rollout.settings import RolloutSettings
 from gmpo.token_sets import TokenList
 
 # What generation_kwargs may hold: options of GenerationConfig that shape or end one sampled continuation.
@@ -77,20 +76,6 @@ BLIND_PROCESSORS = (
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.SuppressTokensLogitsProcessor,
 )
-
-
-def sampling_from(settings: RolloutSettings, *, greedy: bool = False) -> Sampling:
-    """How the settings say to sample; `greedy` takes the most probable token instead."""
-    return Sampling(
-        max_new_tokens=settings.max_completion_length,
-        temperature=0.0 if greedy else settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        extra=dict(settings.generation_kwargs or {}),  # pyright: ignore
-        logps_support=settings.logps_support,  # pyright: ignore
-    )
 
 
 def sampling_config(sampling: Sampling, eos: Sequence[int]) -> GenerationConfig:

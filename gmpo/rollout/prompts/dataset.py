@@ -3,11 +3,15 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gmpo.rollout.prompts.messages import is_messages, unsupported_reason, without_nulls
+
 Row = Mapping[str, Any]
 
 
 class PromptForm:
-    """The form of a dataset's prompts: texts, or lists of messages.  The first row that is seen decides.
+    """The form of a dataset's prompts: texts, or lists of messages.
+
+    The first row that is seen decides.
 
     Args:
         tokenizer: With a chat template, if there are messages.
@@ -23,7 +27,11 @@ class PromptForm:
             self.check(row, number)
 
     def check(self, row: Row, number: int) -> None:
-        """Raise a ValueError that names row `number` if its prompt is missing, empty or of another form."""
+        """Raise a ValueError that names row `number` if its prompt can't be used.
+
+        A prompt is missing, empty, of another form than those before it, or holds messages without
+        text.
+        """
         if "prompt" not in row:
             raise ValueError(
                 f"Row {number} has no `prompt`; its columns are {sorted(row)}. "
@@ -51,6 +59,10 @@ class PromptForm:
                 f"{shown(prompt)}. Use one form in the whole dataset."
             )
 
+        reason = unsupported_reason(without_nulls(prompt)) if messages else None
+        if reason is not None:
+            raise ValueError(f"The prompt of row {number} {reason}.")
+
     def _decide(self, messages: bool) -> None:
         if messages and not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
@@ -60,29 +72,11 @@ class PromptForm:
         self.conversational = messages
 
 
-def is_messages(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages (an empty list counts)."""
-    return isinstance(prompt, list) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
-
-
-def parts_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The blocks of a message whose content is a list of them; none for plain text."""
-    content = message.get("content")
-    return (
-        [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-    )
-
-
-def shown(prompt: Any, width: int = 80) -> str:
-    text = repr(prompt)
-    return text if len(text) <= width else text[:width] + "..."
-
-
 def check_dataset(dataset: Any, form: PromptForm, *, name: str = "train_dataset") -> None:
     """Check presence and form of every prompt of a dataset, without tokenising.
 
-    Of a dataset that is made as it is read (iterable, or with a transform) this looks at the columns only; `encode`
-    checks its rows as they come.
+    Of a dataset that is made as it is read (iterable, or with a transform) this looks at the
+    columns only; `encode` checks its rows as they come.
 
     Raises:
         ValueError: As `PromptEncoder.encode`, naming the dataset and the row.
@@ -92,21 +86,43 @@ def check_dataset(dataset: Any, form: PromptForm, *, name: str = "train_dataset"
     if isinstance(dataset, Mapping):
         splits = [repr(split) for split in dataset]
         raise ValueError(
-            f"{name} is a dict of datasets ({', '.join(splits)}). Pass one of them: dataset[{splits[0]}]."
+            f"{name} is a dict of datasets ({', '.join(splits)}). "
+            f"Pass one of them: dataset[{splits[0]}]."
         )
     if hasattr(dataset, "__len__") and not len(dataset):
         raise ValueError(f"{name} is empty: there is no prompt.")
+
     columns = getattr(dataset, "column_names", None)
-    made_as_read = (
-        not hasattr(dataset, "__len__") or getattr(dataset, "format", {}).get("type") == "custom"
-    )
     try:
         if columns is not None and "prompt" not in columns:
             form.check_all([dict.fromkeys(columns)])
-        elif not made_as_read:
-            rows = (
-                dataset if columns is None else ({"prompt": prompt} for prompt in dataset["prompt"])
-            )
-            form.check_all(rows)
+        elif not made_as_read(dataset):
+            form.check_all(prompts_of(dataset))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def made_as_read(dataset: Any) -> bool:
+    """Return whether reading all rows would be work for nothing: a stream, or a transform."""
+    if not hasattr(dataset, "__len__"):
+        return True
+    return getattr(dataset, "format", {}).get("type") == "custom"
+
+
+def prompts_of(dataset: Any) -> Iterable[Row]:
+    """Return the rows of a map-style dataset, with the columns that prompts are made of."""
+    if getattr(dataset, "column_names", None) is None:
+        return (dataset[number] for number in range(len(dataset)))
+    names = [c for c in ("prompt", "chat_template_kwargs") if c in dataset.column_names]
+    return dataset.select_columns(names)
+
+
+def row_number(row: Row, position: int) -> int:
+    """Return the number of a row in its dataset, or `position` if it does not know."""
+    return getattr(row, "number", position)
+
+
+def shown(prompt: object, width: int = 80) -> str:
+    """Return the beginning of a prompt for an error message."""
+    text = repr(prompt)
+    return text if len(text) <= width else text[:width] + "..."

@@ -4,10 +4,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gmpo.rollout.prompts.dataset import PromptForm, Row, parts_of, shown
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gmpo.rollout.prompts.chat_template import ChatTemplate, opened_by_text
+from gmpo.rollout.prompts.dataset import PromptForm, Row, row_number, shown
+from gmpo.rollout.prompts.messages import without_nulls
 from gmpo.rollout.prompts.model_facts import configs, context_length, ending_tokens, padding_token
+from gmpo.rollout.sampling import completion_budget
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.types import Messages, Prompt
+
+SPECIAL_TOKENS = 16  # that a tokenizer adds to a text, at most
 
 
 class PromptEncoder:
@@ -17,15 +24,18 @@ class PromptEncoder:
 
     Args:
         tokenizer: With a chat template, if there are messages.
-        settings: For chat_template_kwargs and max_completion_length.
+        settings: For chat_template_kwargs, overlong_prompts and the tokens of a completion.
         eos: Every token that ends a completion.
         pad: The token that fills rectangles.
-        context_length: Tokens that the model can hold; None: not limited.
+        context_length: Tokens that the model can hold; None if they are not limited.
+
+    Raises:
+        ValueError: If a completion alone fills the model's context.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         settings: RolloutSettings,
         *,
         eos: Sequence[int],
@@ -35,17 +45,33 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.eos = tuple(eos)
         self.pad = pad
-        self.template_kwargs = dict(settings.chat_template_kwargs or {})  # type: ignore[arg-type]
-        self.max_completion_length = settings.max_completion_length
+        self.overlong_prompts = settings.overlong_prompts
+        self.budget = completion_budget(settings)
         self.context_length = context_length
         self.form = PromptForm(tokenizer)
 
+        keywords: Any = settings.chat_template_kwargs or {}
+        self.template = ChatTemplate(tokenizer, keywords)
+
+        if self.room is not None and self.room < 1:
+            raise ValueError(
+                f"max_completion_length={self.budget} leaves no room for a prompt in the model's "
+                f"context of {context_length} tokens. Lower max_completion_length."
+            )
+
     @classmethod
-    def build(cls, tokenizer: Any, model: Any, settings: RolloutSettings) -> "PromptEncoder":
-        """An encoder for a model given as an object, or by name or path (of which only the config is read).
+    def build(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str | PreTrainedModel,
+        settings: RolloutSettings,
+    ) -> "PromptEncoder":
+        """Return an encoder for a model given as an object, or by name or path.
+
+        Of a model given by name or path only the config is read.
 
         Raises:
-            ValueError: Nothing could end a completion, or nothing could pad one.
+            ValueError: If nothing could end a completion, or nothing could pad one.
         """
         config, defaults = configs(model, settings)
         return cls(
@@ -56,89 +82,126 @@ class PromptEncoder:
             context_length=context_length(config),
         )
 
+    @property
+    def room(self) -> int | None:
+        """Return the tokens that a prompt may have; None if they are not limited."""
+        return None if self.context_length is None else self.context_length - self.budget
+
     def encode(self, rows: Sequence[Row]) -> list[Prompt]:
-        """One Prompt per row; equal rows share one object.
+        """Return one Prompt per row; equal rows share one object.
 
         Raises:
-            ValueError: A row without a prompt, an empty one, texts among messages, messages without a chat template, or
-                a prompt that leaves no room for max_completion_length in the model's context.
+            ValueError: For a row without a prompt, an empty one, texts among messages, messages
+                without a chat template, or a prompt that leaves no room for its completion.
         """
         known: dict[str, Prompt] = {}
         prompts = []
-        for number, row in enumerate(rows):
+        for position, row in enumerate(rows):
+            number = row_number(row, position)
             self.form.check(row, number)
-            key = json.dumps(
-                [row["prompt"], row.get("chat_template_kwargs")], sort_keys=True, default=str
-            )
+
+            given = [row["prompt"], row.get("chat_template_kwargs")]
+            key = json.dumps(given, sort_keys=True, default=str)
             if key not in known:
-                known[key] = Prompt(ids=self._ids(row, number), source=row["prompt"])
+                known[key] = self._prompt(row, number)
             prompts.append(known[key])
         return prompts
 
     def decode(self, prompt: Prompt, ids: Sequence[int]) -> str | Messages:
-        """Completion tokens in the form of their prompt: text, or one assistant message.  No special tokens."""
+        """Return completion tokens as text, or as one assistant message if the prompt is messages.
+
+        Special tokens are left out.
+        """
         ids = list(ids[:-1] if ids and ids[-1] in self.eos else ids)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return text if isinstance(prompt.source, str) else [{"role": "assistant", "content": text}]
 
-    def _ids(self, row: Row, number: int) -> list[int]:
-        prompt = row["prompt"]
-        ids = self._text_ids(prompt) if isinstance(prompt, str) else self._message_ids(row, number)
+    def overlong_tokens(self, row: Row, number: int) -> int:
+        """Return the tokens of a prompt that is too long for its context; 0 for one that fits.
+
+        A text has at most one token per byte, so that texts of few bytes need no tokens.
+        """
+        if self.room is None:
+            return 0
+        if len(self._text(row, number).encode()) + SPECIAL_TOKENS <= self.room:
+            return 0
+        tokens = len(self._ids(row, number))
+        return tokens if tokens > self.room else 0
+
+    def overlong_remedy(self) -> str:
+        """Return the room of a prompt and what to do about longer ones, for an error message."""
+        return (
+            f"The model's context of {self.context_length} tokens less max_completion_length="
+            f"{self.budget} leaves {self.room}. Set overlong_prompts to 'drop' or 'truncate_left', "
+            "shorten it, or lower max_completion_length"
+        )
+
+    # -- one row ---------------------------------------------------------------------------------
+
+    def _prompt(self, row: Row, number: int) -> Prompt:
+        source = without_nulls(row["prompt"])
+        ids = self._ids(row, number)
         if not ids:
             raise ValueError(
-                f"The prompt of row {number} has no tokens: {shown(prompt)}. Remove the row."
+                f"The prompt of row {number} has no tokens: {shown(source)}. Remove the row."
             )
-        room = (
-            None
-            if self.context_length is None
-            else self.context_length - self.max_completion_length
-        )
-        if room is not None and len(ids) > room:
+
+        if self.room is not None and len(ids) > self.room:
+            if self.overlong_prompts != "truncate_left":
+                raise ValueError(
+                    f"The prompt of row {number} has {len(ids)} tokens. {self.overlong_remedy()}. "
+                    f"It begins {shown(source)}"
+                )
+            ids = self._cut(ids, self.room)
+        return Prompt(ids, source, self._opened(row, number))
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        """Return the last `room` tokens; a token that begins every text stays at the front.
+
+        Example:
+            [bos, 5, 6, 7, 8] with room for 3 -> [bos, 7, 8]
+        """
+        bos = self.tokenizer.bos_token_id
+        front = ids[:1] if room > 1 and ids[0] == bos else []
+        return [*front, *ids[len(ids) - room + len(front) :]]
+
+    def _text(self, row: Row, number: int) -> str:
+        if isinstance(row["prompt"], str):
+            return row["prompt"]
+        return self._rendered(self.template.text, row, number)
+
+    def _ids(self, row: Row, number: int) -> list[int]:
+        if isinstance(row["prompt"], str):
+            return self._text_ids(row["prompt"])
+        return self._rendered(self.template.ids, row, number)
+
+    def _opened(self, row: Row, number: int) -> str:
+        if isinstance(row["prompt"], str):
+            return opened_by_text(row["prompt"], self.tokenizer)
+        return self._rendered(self.template.opened, row, number)
+
+    def _rendered(self, render: Any, row: Row, number: int) -> Any:
+        """Call `render` with the messages of a row; an error of the template names the row."""
+        messages = without_nulls(row["prompt"])
+        keywords = without_nulls(row.get("chat_template_kwargs") or {})
+        try:
+            return render(messages, keywords)
+        except Exception as error:  # templates raise whatever Python does with their expressions
             raise ValueError(
-                f"The prompt of row {number} has {len(ids)} tokens. The model's context of {self.context_length} "
-                f"tokens less max_completion_length={self.max_completion_length} leaves {room}. Shorten it, drop "
-                f"the row, or lower max_completion_length. It begins {shown(prompt)}"
-            )
-        return ids
+                f"The chat template refuses the prompt of row {number}, {shown(messages)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _text_ids(self, text: str) -> list[int]:
-        """Tokens with the tokenizer's special tokens, but no second bos and no closing eos."""
+        """Return tokens with the tokenizer's special tokens, but no second bos and no closing eos."""
         tokenizer = self.tokenizer
         ids = list(tokenizer(text)["input_ids"])
+
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token):
             ids = ids[1:]
-        if (
-            eos is not None
-            and len(ids) > 1
-            and ids[-1] == eos
-            and not text.endswith(tokenizer.eos_token)
-        ):
+
+        closed = eos is not None and len(ids) > 1 and ids[-1] == eos
+        if closed and not text.endswith(tokenizer.eos_token):
             ids = ids[:-1]
         return ids
-
-    def _message_ids(self, row: Row, number: int) -> list[int]:
-        messages = row["prompt"]
-        kinds = {part.get("type") for message in messages for part in parts_of(message)} - {"text"}
-        if kinds:
-            raise ValueError(
-                f"The prompt of row {number} holds {', '.join(f'an {kind}' for kind in sorted(map(str, kinds)))}. Only "
-                "text is supported: remove it."
-            )
-        continued = messages[-1]["role"] == "assistant"
-        from jinja2 import TemplateError
-
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=not continued,
-                continue_final_message=continued,
-                **{**self.template_kwargs, **(row.get("chat_template_kwargs") or {})},
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"The chat template refuses the prompt {shown(messages)}: {error}"
-            ) from error
-        return list(ids)

@@ -7,8 +7,9 @@ import torch
 from transformers import GenerationConfig
 
 from gmpo.rollout.engine import Request, Sampling
-from gmpo.rollout.local.sampler import Sampler, invert, sampling_config, sampling_from
+from gmpo.rollout.local.sampler import Sampler, invert, sampling_config
 from gmpo.rollout.local.sequence import new_sequences
+from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.settings import RolloutSettings
 from tests.rollout.cases import EOS, VOCABULARY, prompts, shared, tiny, tokens
 
