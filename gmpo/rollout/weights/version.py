@@ -1,12 +1,13 @@
-"""Which weights wrote a completion."""
+"""The count of the states that the policy's weights have been in."""
 
 
 class PolicyVersion:
     """Counts the states that the policy's weights have been in.
 
-    The trainer calls `moved` after every optimizer step and every load of weights, and gives `current` to
-    `Engine.publish` and to the rollouts.  An engine that shares the trainer's module has the new weights already; one
-    that holds a copy fetches them when it is given another number than it has seen.
+    The trainer calls `moved` after every optimizer step and every load of weights, and gives
+    `current` to `Engine.publish` and to the rollouts.  An engine that shares the trainer's module
+    has the new weights already.  One that holds a copy fetches them when it is given another number
+    than it has seen.
     """
 
     def __init__(self, current: int = 0) -> None:

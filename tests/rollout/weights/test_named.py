@@ -8,7 +8,11 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_m
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gmpo.rollout.weights.adapters import adapter_unsupported_reason, write_adapter
+from gmpo.rollout.weights.adapters import (
+    adapter_state,
+    adapter_unsupported_reason,
+    write_adapter,
+)
 from gmpo.rollout.weights.named import description, named_weights
 from tests.tiny import tiny_model
 
@@ -174,7 +178,7 @@ def test_a_whole_model_is_no_adapter():
 
 def test_a_written_adapter_is_the_trained_one(tmp_path):
     policy = adapted(use_rslora=True, init_lora_weights="gaussian")
-    write_adapter(policy, str(tmp_path))
+    write_adapter(policy, adapter_state(policy), str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
