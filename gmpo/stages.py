@@ -77,7 +77,15 @@ class Stages:
         self.steps_at_last_log = 0
         self.epoch_listener: EpochListener | None = None
 
-        self.engine = build_engine(args, policy, encoder, autocast=accelerator.autocast)
+        self.engine = build_engine(
+            args,
+            policy,
+            encoder,
+            autocast=accelerator.autocast,
+            seed=args.seed,
+            trust_remote_code=args.trust_remote_code,
+            float32_head=args.cast_lm_head_to_fp32,
+        )
         self.collector = Collector(
             engine=self.engine,
             encoder=encoder,

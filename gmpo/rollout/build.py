@@ -1,6 +1,7 @@
 """Settings to engine."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gmpo.rollout.engine import Engine
@@ -23,6 +24,9 @@ def build_engine(
     encoder: PromptEncoder,
     *,
     autocast: Autocast | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    float32_head: bool = False,
 ) -> Engine:
     """The engine that the settings name.
 
@@ -30,6 +34,9 @@ def build_engine(
         policy: Gives the trainer's model without DDP or other wrappers, as it is now; a PEFT model is fine.
         encoder: For the tokenizer, and the tokens that end and pad.
         autocast: Makes the context of mixed precision, if the trainer computes in it.
+        seed: The run's, for an engine that draws random numbers besides those of its requests.
+        trust_remote_code: Let an engine with its own model class run the model's code.
+        float32_head: The trainer computes logits in float32.
 
     Raises:
         ValueError: An option of generation_kwargs that can't act, or generation_engine='shared_prefix' with one that
@@ -37,9 +44,15 @@ def build_engine(
     """
     if settings.use_vllm:
         from gmpo.rollout.vllm.colocated import ColocatedEngine
+        from gmpo.rollout.vllm.llm import RunOptions
         from gmpo.rollout.vllm.server import ServerEngine
 
-        vllm_engine = {"colocate": ColocatedEngine, "server": ServerEngine}[settings.vllm_mode]
+        vllm_engine = {
+            "colocate": partial(
+                ColocatedEngine, run_options=RunOptions(seed, trust_remote_code, float32_head)
+            ),
+            "server": ServerEngine,
+        }[settings.vllm_mode]
         return vllm_engine(settings, policy, encoder.tokenizer, eos=encoder.eos, autocast=autocast)
     sampling_config(sampling_from(settings), encoder.eos)
     return BUILDERS[generation_engine(settings)](settings, policy, encoder, autocast)

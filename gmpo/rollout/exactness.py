@@ -56,7 +56,7 @@ class ExactnessCheck:
             scores: Give an engine's log-probs of tokens 1, 2, ... given those before them; none on ranks without one.
 
         Raises:
-            VllmFault: On every rank, if a distance is beyond the tolerance, or NaN.
+            VllmError: On every rank, if a distance is beyond the tolerance, or NaN.
         """
         mine = self.trainer_logps()
         with raise_on_all_ranks("check the published weights"):

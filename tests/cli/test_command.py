@@ -103,9 +103,9 @@ def test_an_error_of_gmpo_itself_while_training_is_told_by_its_message(command):
 
 
 def test_what_becomes_of_a_server_is_told_by_its_message(command, capsys):
-    fault = "from gmpo.rollout.vllm.errors import VllmFault as Fault"
+    fault = "from gmpo.rollout.vllm.errors import VllmError"
     command(
-        f"{fault}\ndef train(): raise Fault('no server')\ndef run(arguments): train()",
+        f"{fault}\ndef train(): raise VllmError('no server')\ndef run(arguments): train()",
         file="trainer.py",
     )
     assert cli.main(["made_up"]) == 2

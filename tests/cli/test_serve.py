@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gmpo.cli import serve
+from gmpo.rollout.vllm import start
 from gmpo.rollout.vllm.http.tokens import token_file
 
 
@@ -65,7 +66,7 @@ def test_other_options_go_to_vllm(started):
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_on_cpus_prompts_are_read_in_one_piece(started, monkeypatch, on_cpu):
-    monkeypatch.setattr(serve, "is_cpu_build", lambda: on_cpu)
+    monkeypatch.setattr(start, "is_cpu_build", lambda: on_cpu)
     serve.run(["some/model"])
     assert ("--no-enable-chunked-prefill" in started[0][0]) == on_cpu
     assert ("--block-size" in started[0][0]) == on_cpu

@@ -37,11 +37,12 @@ def train_and_score(folder, options):
 def trained(folder, **options):
     run = trainer(folder, 4, model=small_model(), use_vllm=True, **options)
     run.train()
-    run.engine.publish(run.policy_version.current)
-    if isinstance(run.engine, ServerEngine):
-        scorers = [partial(run.engine._score, client) for client in run.engine.fleet.clients]
+    engine = run.stages.engine
+    engine.publish(run.stages.policy_version.current)
+    if isinstance(engine, ServerEngine):
+        scorers = [partial(engine._score, client) for client in engine.fleet.clients]
     else:
-        scorers = [run.engine._score]
+        scorers = [engine._score]
     result = {**result_of(run), "logps": [[score(ids) for ids in SEQUENCES] for score in scorers]}
-    run.engine.close()
+    engine.close()
     return result

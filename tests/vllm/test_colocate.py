@@ -11,7 +11,8 @@ from gmpo.rollout.engine import Request, Sampling
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.colocated import ColocatedEngine
 from gmpo.rollout.vllm.errors import VllmError
-from gmpo.rollout.vllm.inside import worker as vllm_backend
+from gmpo.rollout.vllm.inside import worker
+from gmpo.rollout.vllm.llm import RunOptions
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
 from tests.vllm.small import (
@@ -53,9 +54,15 @@ def start():
         settings = RolloutSettings(
             use_vllm=True, vllm_engine_kwargs={**CPU, **(kwargs or {})}, **options
         )
-        settings.seed = 11
         engines.append(
-            ColocatedEngine(settings, lambda: policy, tiny_tokenizer(), eos=(1,), autocast=autocast)
+            ColocatedEngine(
+                settings,
+                lambda: policy,
+                tiny_tokenizer(),
+                eos=(1,),
+                autocast=autocast,
+                run_options=RunOptions(seed=11),
+            )
         )
         return engines[-1]
 
@@ -148,7 +155,7 @@ def test_the_same_version_is_not_published_again(start, monkeypatch):
 
 def test_a_publication_that_left_the_tied_head_behind_would_be_found(start, monkeypatch):
     """vLLM 0.32 does leave it, on CPUs; without the repair the run must not begin."""
-    monkeypatch.setattr(vllm_backend, "forget_packed", lambda model: None)
+    monkeypatch.setattr(worker, "forget_packed", lambda model: None)
     engine = start(small_policy())
     with pytest.raises(VllmError, match="vLLM does not compute what is trained"):
         engine.publish(0)
@@ -159,10 +166,10 @@ def test_a_missing_weight_is_an_error_and_the_next_publication_works(start, monk
     engine = start(policy)
     engine.publish(0)
     with monkeypatch.context() as patch:
-        from gmpo.rollout.vllm import colocated as vllm_colocate
+        from gmpo.rollout.vllm import colocated
 
-        whole = vllm_colocate.policy_weights
-        patch.setattr(vllm_colocate, "policy_weights", lambda *a, **k: list(whole(*a, **k))[:-1])
+        whole = colocated.policy_weights
+        patch.setattr(colocated, "policy_weights", lambda *a, **k: list(whole(*a, **k))[:-1])
         with pytest.raises(
             RuntimeError, match=r"lacks 1 parameters of the engine's model, 'model.norm.weight'"
         ):
@@ -178,7 +185,7 @@ def test_a_publication_that_stops_half_way_does_not_leave_its_half_to_the_next(s
     engine.publish(0)
     train(policy, steps=1)
     with monkeypatch.context() as patch:
-        from gmpo.rollout.vllm import colocated as vllm_colocate
+        from gmpo.rollout.vllm import colocated
 
         def stops(*arguments, **keywords):
             yield from list(whole(*arguments, **keywords))[
@@ -186,8 +193,8 @@ def test_a_publication_that_stops_half_way_does_not_leave_its_half_to_the_next(s
             ]  # the queries of a layer, but not its keys
             raise ValueError("stopped")
 
-        whole = vllm_colocate.policy_weights
-        patch.setattr(vllm_colocate, "policy_weights", stops)
+        whole = colocated.policy_weights
+        patch.setattr(colocated, "policy_weights", stops)
         with pytest.raises(ValueError, match="stopped"):
             engine.publish(1)
     train(policy, steps=1, seed=1)

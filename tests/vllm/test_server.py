@@ -82,7 +82,8 @@ def test_after_each_optimizer_step_the_server_computes_what_is_trained(server, k
     policy = small_policy(kind, **LONG)
     if kind == "merged adapter":
         monkeypatch.setattr(
-            "gmpo.rollout.vllm.server.adapter_obstacle", lambda policy: "we want it merged"
+            "gmpo.rollout.vllm.server.adapter_unsupported_reason",
+            lambda policy: "we want it merged",
         )
     base = base_weights(policy)
     it = engine(server, policy)

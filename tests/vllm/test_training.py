@@ -63,16 +63,16 @@ def test_a_run_generates_with_the_weights_that_it_has(tmp_path, kind):
     run = trainer(tmp_path, small_policy(kind), **options)
     run.train()
     assert (
-        run.engine.version != run.policy_version.current
+        run.stages.engine.version != run.stages.policy_version.current
     )  # the best model was loaded after the last collection
     run.evaluate()
-    assert distances(run.engine._score, run.unwrapped_policy()).max() < 1e-4
-    run.engine.close()
+    assert distances(run.stages.engine._score, run.unwrapped_policy()).max() < 1e-4
+    run.stages.engine.close()
     again = trainer(tmp_path, small_policy(kind), **{**options, "max_steps": 4})
     again.train(resume_from_checkpoint=True)
     again.evaluate()
-    assert distances(again.engine._score, again.unwrapped_policy()).max() < 1e-4
-    again.engine.close()
+    assert distances(again.stages.engine._score, again.unwrapped_policy()).max() < 1e-4
+    again.stages.engine.close()
 
 
 def test_what_vllm_reports_is_what_the_trainer_computes(tmp_path):
@@ -81,7 +81,7 @@ def test_what_vllm_reports_is_what_the_trainer_computes(tmp_path):
     )
     run.train()
     logged = [entry for entry in run.state.log_history if any("sampling" in key for key in entry)]
-    run.engine.close()
+    run.stages.engine.close()
     differences = [value for entry in logged for key, value in entry.items() if "difference" in key]
     assert differences and max(differences) < 1e-3
     assert all(torch.isfinite(torch.tensor(value)) for value in differences)
@@ -90,5 +90,5 @@ def test_what_vllm_reports_is_what_the_trainer_computes(tmp_path):
 def test_in_mixed_precision_the_engine_computes_in_it_too(tmp_path):
     run = trainer(tmp_path, small_policy(), bf16=True)
     run.train()
-    assert run.engine.dtype == torch.bfloat16
-    run.engine.close()
+    assert run.stages.engine.dtype == torch.bfloat16
+    run.stages.engine.close()

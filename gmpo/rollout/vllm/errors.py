@@ -1,4 +1,4 @@
-"""What goes wrong between a trainer and vLLM, and how all ranks come to hear of it."""
+"""The error of everything that vLLM did not do."""
 
 
 class VllmError(RuntimeError):
@@ -6,7 +6,7 @@ class VllmError(RuntimeError):
 
     Args:
         message: What was asked, what happened, what to do.
-        lost: Whether the engine may be gone, or have forgotten the weights, so that a new publication may help.
+        lost: The engine may be gone, or have forgotten the weights: a new publication may help.
     """
 
     tells_what_to_do = True  # the command line shows it without a traceback

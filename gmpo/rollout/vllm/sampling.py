@@ -1,10 +1,11 @@
-"""Sampling options as vLLM names them, for an engine in this process and behind a server alike.
+"""Sampling options under vLLM's names, for an engine in this process and behind a server alike.
 
-Log-probs.  gmpo's are of the temperature-scaled distribution over the whole vocabulary.  vLLM reports either "raw"
-ones, from before the temperature and everything else, or "processed" ones, from after top_k, top_p and min_p, which are
-renormalised over the kept tokens and so biased.  gmpo asks for raw ones, has the model's own logit scale do what the
-temperature would do, and samples at temperature 1: raw log-probs then are exactly those that the trainer computes,
-whatever else shapes the sampling.
+Log-probs.  gmpo's are of the temperature-scaled distribution over the whole vocabulary.  vLLM
+reports either "raw" ones, from before the temperature and everything else, or "processed" ones,
+from after top_k, top_p and min_p, which are renormalised over the kept tokens and so biased.  gmpo
+asks for raw ones, has the model's own logit scale do what the temperature would do, and samples at
+temperature 1.  Raw log-probs then are exactly those that the trainer computes, whatever else shapes
+the sampling.
 """
 
 from collections.abc import Sequence
@@ -13,70 +14,55 @@ from typing import Any
 
 from gmpo.rollout.engine import Completion, Request, Sampling
 
-NAMES = {  # transformers' names of what vLLM calls otherwise
+NAMES = {  # transformers' name -> vLLM's
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
     "eos_token_id": "stop_token_ids",
 }
-KNOWN = (
-    *(
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    ),
-    *(
-        "max_tokens",
-        "min_tokens",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-        "logit_bias",
-        "allowed_token_ids",
-    ),
-    *(
-        "bad_words",
-        "structured_outputs",
-        "thinking_token_budget",
-        "repetition_detection",
-        "extra_args",
-    ),
-)
-ADDED_TO_LOGITS = (
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-)  # before the temperature divides
+KNOWN = {
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+    *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "repetition_detection"),
+    *("allowed_token_ids", "bad_words", "structured_outputs", "thinking_token_budget"),
+    "extra_args",
+}
+# Options that change the distribution, by the values at which they don't.
+PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Options that vLLM adds to logits, before the temperature divides them.
+ADDED_TO_LOGITS = ("presence_penalty", "frequency_penalty", "logit_bias")
 SEEDS = 2**62  # vLLM adds a sample's number to the seed of its request
 
 
 @dataclass(frozen=True, slots=True)
 class VllmSampling:
-    """What every request of a collection shares."""
+    """The sampling options that all requests of a collection share."""
 
     options: dict[str, Any]  # keywords of vLLM's SamplingParams
     temperature: float  # 0: greedy
-    restricted: bool  # a grammar masks the logits, so that no log-prob is of the whole vocabulary
+    restricted: bool  # a grammar masks the logits: no log-prob is of the whole vocabulary
 
     @property
     def truncated(self) -> bool:
-        """Whether "processed" log-probs would be of another distribution than the temperature-scaled one."""
-        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        shaped = any(self.options.get(name, value) != value for name, value in plain.items())
-        return shaped or any(
+        """Return whether "processed" log-probs are of another distribution than is wanted."""
+        shaped = any(self.options.get(name, value) != value for name, value in PLAIN.items())
+        masked = any(
             name in self.options for name in (*ADDED_TO_LOGITS, "allowed_token_ids", "bad_words")
         )
+        return shaped or masked
 
     @property
     def logits_scale(self) -> float:
+        """Return the factor for logits that does what the temperature would do."""
         return 1.0 / self.temperature if self.temperature > 0 else 1.0
 
     def on_scaled_logits(self) -> dict[str, Any]:
-        """The options for an engine whose logits are scaled by `logits_scale` already."""
+        """Return the options for an engine whose logits are scaled by `logits_scale` already.
+
+        Example:
+            A penalty a at temperature T draws from (l - a) / T = l / T - a / T: on logits that are
+            scaled by 1 / T it is a / T, at temperature 1.
+        """
         options = dict(self.options)
         for name in ADDED_TO_LOGITS:
             if name in options:
@@ -87,11 +73,12 @@ class VllmSampling:
 def vllm_sampling(
     sampling: Sampling, *, eos: Sequence[int], regex: str | None = None
 ) -> VllmSampling:
-    """The sampling options for vLLM; `sampling.extra` wins, with transformers' or vLLM's names.
+    """Return the sampling options for vLLM; `sampling.extra` wins, under either library's names.
 
     Args:
-        eos: Tokens that end a completion; `extra["eos_token_id"]` or `extra["stop_token_ids"]` adds to them, and
-            `extra["ignore_eos"]` takes them away.
+        sampling: gmpo's options.
+        eos: Tokens that end a completion.  `extra["eos_token_id"]` or `extra["stop_token_ids"]`
+            adds to them, and `extra["ignore_eos"]` takes them away.
         regex: Completions must match it.
 
     Raises:
@@ -109,20 +96,23 @@ def vllm_sampling(
         "repetition_penalty": sampling.repetition_penalty,
         **extra,
     }
+
+    # vLLM's ignore_eos knows nothing of stop tokens, which is how gmpo gives it the ends.
     ends = [] if extra.get("ignore_eos") else eos
     options["stop_token_ids"] = list(dict.fromkeys([*ends, *as_list(extra.get("stop_token_ids"))]))
     if "stop" in options:
         options["stop"] = as_list(options["stop"])
     if regex is not None:
         options["structured_outputs"] = {"regex": regex}
+
     temperature = 0.0 if greedy else float(options["temperature"])
-    return VllmSampling(
-        {**options, "temperature": temperature}, temperature, "structured_outputs" in options
-    )
+    options["temperature"] = temperature
+    return VllmSampling(options, temperature, restricted="structured_outputs" in options)
 
 
 def check_extra(extra: dict[str, Any], regex: str | None) -> None:
-    unknown = sorted(extra.keys() - set(KNOWN))
+    """Raise a ValueError for options, under vLLM's names, that can't be set."""
+    unknown = sorted(extra.keys() - KNOWN)
     if unknown:
         raise ValueError(
             f"generation_kwargs has {unknown}, which can't be set with use_vllm=True. Remove it. "
@@ -130,21 +120,23 @@ def check_extra(extra: dict[str, Any], regex: str | None) -> None:
         )
     if regex is not None and "structured_outputs" in extra:
         raise ValueError(
-            "vllm_structured_outputs_regex and generation_kwargs['structured_outputs'] say the same thing twice. "
-            "Keep one of them."
+            "vllm_structured_outputs_regex and generation_kwargs['structured_outputs'] say the "
+            "same thing twice. Keep one of them."
         )
 
 
 def as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    """Return a list of what an option says: None is nothing, anything else but a list is one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def scaled(value: Any, scale: float) -> Any:
-    return (
-        {key: bias * scale for key, bias in value.items()}
-        if isinstance(value, dict)
-        else value * scale
-    )
+def scaled(value: float | dict[str, float], scale: float) -> float | dict[str, float]:
+    """Return a number, or the numbers of a table, times `scale`."""
+    if isinstance(value, dict):
+        return {key: bias * scale for key, bias in value.items()}
+    return value * scale
 
 
 def engine_seed(request: Request) -> int:
@@ -154,9 +146,11 @@ def engine_seed(request: Request) -> int:
 def check_room(
     requests: Sequence[Request], options: dict[str, Any], longest: int, *, remedy: str
 ) -> None:
-    """Raise a ValueError for the first request whose prompt and longest completion don't fit into the engine.
+    """Raise a ValueError for the first request that does not fit with its longest completion.
 
     Args:
+        requests: All that will be asked for.
+        options: vLLM's, with "max_tokens".
         longest: Tokens of the longest sequence that the engine takes.
         remedy: What the user can do about `longest`.
     """
@@ -164,14 +158,17 @@ def check_room(
         needed = len(request.prompt.ids) + options["max_tokens"]
         if needed > longest:
             raise ValueError(
-                f"A prompt of {len(request.prompt.ids)} tokens and a completion of up to {options['max_tokens']} make "
-                f"{needed}, and vLLM takes {longest}. {remedy}, lower max_completion_length, or drop the prompt, which "
-                f"begins {str(request.prompt.source)[:80]!r}."
+                f"A prompt of {len(request.prompt.ids)} tokens and a completion of up to "
+                f"{options['max_tokens']} make {needed}, and vLLM takes {longest}. {remedy}, lower "
+                "max_completion_length, or drop the prompt, which begins "
+                f"{str(request.prompt.source)[:80]!r}."
             )
 
 
-def completion(ids: Sequence[int], finish_reason: Any, logps: Sequence[float] | None) -> Completion:
-    """One sample, checked.
+def completion(
+    ids: Sequence[int], finish_reason: str | None, logps: Sequence[float] | None
+) -> Completion:
+    """Return one sample, checked.
 
     Raises:
         ValueError: vLLM gave up on it, or its log-probs don't fit its tokens.

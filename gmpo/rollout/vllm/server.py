@@ -4,12 +4,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo import distributed
 from gmpo.distributed import RankError, raise_on_all_ranks
@@ -27,17 +28,21 @@ from gmpo.rollout.vllm.sampling import (
     engine_seed,
     vllm_sampling,
 )
-from gmpo.rollout.vllm.transfer.nccl import WeightSource, own_host, trainer_engine
-from gmpo.rollout.vllm.transfer.send import (
+from gmpo.rollout.vllm.transfer.carriers import (
     ByFile,
     ByNccl,
     Carrier,
-    new_run,
-    policy_weights,
-    send,
+    NamedTensor,
+    TrainerEngine,
     shared_folder,
 )
-from gmpo.rollout.weights.adapters import adapter_unsupported_reason, write_adapter
+from gmpo.rollout.vllm.transfer.nccl import WeightSource, own_host, trainer_engine
+from gmpo.rollout.vllm.transfer.send import new_run, policy_weights, send
+from gmpo.rollout.weights.adapters import (
+    adapter_state,
+    adapter_unsupported_reason,
+    write_adapter,
+)
 from gmpo.rollout.weights.named import description
 
 logger = logging.getLogger(__name__)
@@ -47,27 +52,29 @@ INCIDENTS = 3  # losses of a server in one collection that are waited for
 
 
 class ServerEngine:
-    """Makes completions with vLLM servers, which every rank asks for its own.
+    """Makes completions with vLLM servers, to which every rank sends its requests.
 
-    Rank 0 gives the servers their weights.  The first time it makes them forget what they have, and compares their
-    log-probs with the trainer's afterwards.  Every answer says which weights wrote it.
+    Rank 0 gives the servers their weights.  The first time it makes them forget what they have, and
+    compares their log-probs with the trainer's afterwards.  Every answer says which weights wrote
+    it.
 
     Args:
-        settings: vllm_* options.
+        settings: The vllm_* options.
         policy: Gives the trainer's model as it is now, without wrappers but PEFT's.
         tokenizer: For the text of the check.
         eos: Tokens that end a completion.
         autocast: Makes the context of mixed precision, if the trainer computes in it.
 
     Raises:
-        VllmFault: On every rank, if a server does not come within vllm_server_timeout, or can't be used.
+        VllmError: On every rank, if a server does not come within vllm_server_timeout, or can't be
+            used.
     """
 
     def __init__(
         self,
         settings: RolloutSettings,
-        policy: Callable[[], Any],
-        tokenizer: Any,
+        policy: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
         *,
         eos: Sequence[int],
         autocast: Autocast | None = None,
@@ -89,7 +96,7 @@ class ServerEngine:
         )
 
     def _connect(self, seconds: float) -> None:
-        """Find the servers; none of them has weights of ours then.  Every rank must call."""
+        """Find the servers; they have no weights of ours then.  Every rank must call."""
         with raise_on_all_ranks("reach the vLLM server"):
             self.fleet.connect(seconds)
             if self.leads and self.fleet.is_ours:
@@ -97,42 +104,44 @@ class ServerEngine:
                     {"model": description(self.policy()), "logits_scale": 1.0}
                 )
 
-        self.version: int | None = None  # that the servers have
-        self.checked = False  # whether they compute what is trained
+        self.version: int | None = None  # the servers' own
+        self.checked = False  # they compute what is trained
         self.scale = 1.0
         self.base_published = False
         self.adapter: str | None = None  # its name on the servers
         self.adapter_folder: str | None = None
         self.carrier: Carrier | None = None
 
-    # -- weights ---------------------------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------
 
     def publish(self, version: int) -> None:
-        """Give the servers the policy's weights, if `version` is another than they have.  Every rank must call.
+        """Give the servers the policy's weights, if `version` is another than they have.
+
+        Every rank must call.
 
         Raises:
-            VllmFault: On every rank, if it failed, or vLLM does not compute what is trained.
+            VllmError: On every rank, if it failed, or vLLM does not compute what is trained.
         """
         self.wanted = version
         self._persist(lambda: None)
 
     def _persist(self, work: Callable[[], None]) -> None:
-        """`work` by servers that have the wanted weights; again, when they were lost and have come back."""
+        """Run `work` on servers that have the wanted weights.
+
+        If a server is lost and reconnects, publish the weights again and retry.  Every rank must
+        call.
+        """
         for incident in range(INCIDENTS + 1):
             try:
                 if self.version != self.wanted:
                     self._publish(self.wanted)
                 return work()
-            except (VllmError, RankError) as fault:
-                if (
-                    not fault.lost
-                    or not self.settings.vllm_server_reconnect
-                    or incident == INCIDENTS
-                ):
+            except (VllmError, RankError) as error:
+                patience = self.settings.vllm_server_reconnect
+                if not error.lost or not patience or incident == INCIDENTS:
                     raise
-                logger.warning(
-                    "%s Waiting up to %g seconds.", fault, self.settings.vllm_server_reconnect
-                )
+                logger.warning("%s Waiting up to %g seconds.", error, patience)
+
             self.close()
             self._connect(self.settings.vllm_server_reconnect)
             logger.warning("The vLLM server is back.")
@@ -141,6 +150,7 @@ class ServerEngine:
         if self.version is not None:
             self._see_that_they_are_the_same()
         self.version = None
+
         tag = f"{self.run}:{version}"
         if not self.checked:
             self._forget()
@@ -148,26 +158,29 @@ class ServerEngine:
             self._publish_adapter(tag, version)
         else:
             self._publish_weights(tag, merge=True)
+
         if not self.checked:
-            scores = (
-                [partial(self._score, client) for client in self.fleet.clients]
-                if self.leads
-                else []
-            )
-            self.check(longest=self.fleet.longest - 1).run(scores, self.dtype)
+            clients = self.fleet.clients if self.leads else []
+            check = self.check(longest=self.fleet.longest - 1)
+            check.run([partial(self._score, client) for client in clients], self.dtype)
             self.checked = True
         self.version = version
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the servers' precision."""
         return getattr(torch, self.fleet.facts[0].dtype)
 
     @property
     def tag(self) -> str:
+        """Return the servers' name for the weights that they have."""
         return f"{self.run}:{self.version}"
 
     def _see_that_they_are_the_same(self) -> None:
-        """A server that was started again has lost more than its weights: the scale of its logits, the base model."""
+        """Raise a VllmError if a server was started again.
+
+        It has lost more than its weights: the scale of its logits, the base model.
+        """
         with raise_on_all_ranks("find the vLLM servers as they were"):
             if self.leads:
                 self.fleet.each(
@@ -187,7 +200,7 @@ class ServerEngine:
         send(self.carrier if self.leads else None, weights, tag=tag)
 
     def _make_carrier(self, merge: bool) -> Carrier:
-        """How weights travel; the same on every rank, since NCCL must know all shapes before."""
+        """Choose how weights travel.  Every rank must call, since NCCL must know all shapes."""
         on_gpus = torch.cuda.is_available() and self.fleet.facts[0].device == "cuda"
         over_nccl = self.settings.vllm_weight_transfer == "nccl" or not self.fleet.is_ours
         if not (over_nccl or (self.settings.vllm_weight_transfer == "auto" and on_gpus)):
@@ -196,37 +209,36 @@ class ServerEngine:
             raise VllmError(
                 "Weights travel over NCCL from a GPU to GPUs. Set vllm_weight_transfer='file'."
             )
+
         weights = policy_weights(self.policy, merge=merge, dtype=self.dtype)
         names = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
-        make = partial(
-            trainer_engine,
-            receiver=self.fleet,
-            join=self.fleet.join_nccl,
-            workers=sum(facts.workers for facts in self.fleet.facts),
-            host=own_host(self.fleet.clients[0].address),
-            port=self.settings.vllm_group_port,
-        )
-        return ByNccl(
-            lambda tensors: make(WeightSource(names, tensors)),
-            timeout=self.settings.vllm_server_timeout,
-        )
+
+        def make(tensors: Iterable[NamedTensor]) -> TrainerEngine:
+            return trainer_engine(
+                WeightSource(names, tensors),
+                receiver=self.fleet,
+                join=self.fleet.join_nccl,
+                workers=sum(facts.workers for facts in self.fleet.facts),
+                host=own_host(self.fleet.clients[0].address),
+                port=self.settings.vllm_group_port,
+            )
+
+        return ByNccl(make, timeout=self.settings.vllm_server_timeout)
 
     def _publish_adapter(self, tag: str, version: int) -> None:
         if not self.base_published:
             self._publish_weights(f"{tag}:base", merge=False)
             self.base_published = True
-        folder = None
-        if self.leads:
-            folder = tempfile.mkdtemp(
-                prefix="gmpo-adapter-", dir=shared_folder(self.settings.vllm_weight_folder)
-            )
-        write_adapter(self.policy(), folder)
+
+        state = adapter_state(self.policy())
         name = f"{self.run}-{version}"
         with raise_on_all_ranks("publish the policy's adapter"):
-            if folder is not None:
+            if self.leads:
+                parent = shared_folder(self.settings.vllm_weight_folder)
+                folder = tempfile.mkdtemp(prefix="gmpo-adapter-", dir=parent)
+                write_adapter(self.policy(), state, folder)
                 os.chmod(folder, 0o755)
                 self._exchange_adapter(name, folder, tag)
-
         self.adapter = name
 
     def _exchange_adapter(self, name: str, folder: str, tag: str) -> None:
@@ -248,20 +260,22 @@ class ServerEngine:
         answer = client.generate(
             {"token_ids": ids, "model": self.adapter, "sampling_params": params}
         )
+        tokens = [str(token) for token in ids]
         return prompt_logps(
-            answer["prompt_logprobs"],
-            [str(token) for token in ids],
-            lambda report: float(report["logprob"]),
+            answer["prompt_logprobs"], tokens, lambda report: float(report["logprob"])
         )
 
-    # -- completions -----------------------------------------------------------------------------------------------
+    # -- completions -------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """`count` completions for each request; each prompt is read once.  Every rank must call.
+        """Return `count` completions for each request; each prompt is read once.
+
+        Every rank must call.
 
         Raises:
-            VllmFault: On every rank, if a server failed, or answered from other weights than were published.
-            ValueError: Of this rank's requests, on every rank.
+            VllmError: On every rank, if a server failed, or answered from other weights than were
+                published.
+            ValueError: On every rank, if a request of this rank can't be asked for.
         """
         options = vllm_sampling(
             sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex
@@ -277,12 +291,20 @@ class ServerEngine:
         return [completions for completions in done if completions is not None]
 
     def _scale_logits(self, options: VllmSampling) -> None:
-        """See vllm_sampling.  Every rank asks for the same scale, so that none must wait for another to do so."""
+        """Set the servers' logit scale (see `sampling`).
+
+        Every rank sets the same one, so that no rank must wait for another to do it.
+        """
         if self.fleet.is_ours and options.logits_scale != self.scale:
             self.fleet.init_weight_transfer_engine({"logits_scale": options.logits_scale})
             self.scale = options.logits_scale
 
-    def _fill(self, done: list[Any], requests: Sequence[Request], options: VllmSampling) -> None:
+    def _fill(
+        self,
+        done: list[list[Completion] | None],
+        requests: Sequence[Request],
+        options: VllmSampling,
+    ) -> None:
         """Put the completions of the requests that have none yet into `done`."""
         check_room(
             requests,
@@ -294,6 +316,7 @@ class ServerEngine:
         open_requests = [number for number in range(len(requests)) if done[number] is None]
         if not open_requests:
             return
+
         servers = self.fleet.clients
         pool = ThreadPoolExecutor(max_workers=min(AT_A_TIME, len(open_requests)))
         try:
@@ -306,9 +329,8 @@ class ServerEngine:
             for number, future in futures.items():
                 done[number] = future.result()
         except KeyboardInterrupt:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # first, or others would begin in the place of those cut
+            # Cancel first, or others would begin in the place of those that are cut.
+            pool.shutdown(wait=False, cancel_futures=True)
             for client in servers:
                 client.channel.hang_up()
             raise
@@ -316,23 +338,27 @@ class ServerEngine:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _params(self, options: VllmSampling) -> tuple[dict[str, Any], bool]:
-        """The sampling options for these servers, and whether their log-probs are those that gmpo wants."""
-        if self.fleet.is_ours and self.fleet.facts[0].logprobs_mode == "raw_logprobs":
-            return options.on_scaled_logits(), not options.restricted
+        """Return the sampling options for these servers, and whether to use their log-probs."""
         raw = self.fleet.facts[0].logprobs_mode == "raw_logprobs"
+        if self.fleet.is_ours and raw:
+            return options.on_scaled_logits(), not options.restricted
         fits = options.temperature in (0.0, 1.0) if raw else not options.truncated
         return options.options, fits and not options.restricted
 
     def _complete(
         self, client: Client, request: Request, params: dict[str, Any], report: bool
     ) -> list[Completion]:
-        own = {"n": request.count, "seed": engine_seed(request), "logprobs": 0 if report else None}
-        body = {
-            "token_ids": request.prompt.ids,
-            "model": self.adapter,
-            "sampling_params": {**params, **own},
-        }
-        answer = client.generate(body)
+        """Return the completions of one request, from one server."""
+        logprobs = 0 if report else None
+        own = {"n": request.count, "seed": engine_seed(request), "logprobs": logprobs}
+        answer = client.generate(
+            {
+                "token_ids": request.prompt.ids,
+                "model": self.adapter,
+                "sampling_params": {**params, **own},
+            }
+        )
+
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if len(choices) != request.count:
@@ -340,20 +366,21 @@ class ServerEngine:
             completions = [as_completion(choice, report=report) for choice in choices]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VllmError(
-                f"{client.address} was asked for completions, and its answer is none: {error!r}."
+                f"{client.address} returned a malformed completion: {error!r}."
             ) from None
+
         for choice in choices:
             if choice["token_ids"]:
-                self._check_version(
-                    client, {span["version"] for span in choice.get("weight_versions") or []}
-                )
+                spans = choice.get("weight_versions") or []
+                self._check_version(client, {span["version"] for span in spans})
         return completions
 
     def _check_version(self, client: Client, seen: set[str]) -> None:
         if seen != {self.tag}:
             raise VllmError(
-                f"{client.address} answered from the weights {sorted(seen)}, not from {self.tag!r}, which were "
-                "published. Was it restarted, or does another run give it weights, too?",
+                f"{client.address} answered from the weights {sorted(seen)}, not from "
+                f"{self.tag!r}, which were published. Was it restarted, or does another run give "
+                "it weights, too?",
                 lost=True,
             )
 
@@ -364,16 +391,17 @@ class ServerEngine:
 
 
 def as_completion(choice: dict[str, Any], *, report: bool) -> Completion:
-    """One choice of an answer.
+    """Return one choice of an answer as a completion.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: It is none.
+        ValueError, KeyError, TypeError, AttributeError: It is malformed.
     """
     ids = choice["token_ids"]
     if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
         raise ValueError(f"token_ids={str(ids)[:80]}")
     if not report:
         return completion(ids, choice["finish_reason"], None)
+
     steps = choice["logprobs"]["content"]
     if [step["token_id"] for step in steps] != ids:
         raise ValueError("its log-probs are of other tokens")

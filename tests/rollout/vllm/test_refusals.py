@@ -7,8 +7,8 @@ import torch
 
 from gmpo.rollout.refusals import BOTH_MODES, COLOCATED_ONLY, SERVER_ONLY, check_vllm_options
 from gmpo.rollout.settings import RolloutSettings
-from gmpo.rollout.vllm.colocated import check_ranks, engine_arguments, engine_dtype
 from gmpo.rollout.vllm.http.fleet import addresses
+from gmpo.rollout.vllm.llm import RunOptions, check_ranks, engine_arguments, engine_dtype
 from tests.tiny import tiny_model
 
 OTHER = {  # a value of each option that is not its default
@@ -116,8 +116,8 @@ def test_one_server_by_two_names_is_refused():
 
 def arguments(**options):
     settings = RolloutSettings(use_vllm=True, **options)
-    settings.seed = 17
-    return engine_arguments(settings, tiny_model(), folder="F", dtype=torch.bfloat16)
+    run = RunOptions(seed=17)
+    return engine_arguments(settings, tiny_model(), run=run, folder="F", dtype=torch.bfloat16)
 
 
 def test_options_reach_vllm():
@@ -147,7 +147,7 @@ def test_on_cpus_prompts_are_read_in_one_piece_unless_the_user_says_otherwise():
     )
     settings = RolloutSettings(use_vllm=True)
     elsewhere = engine_arguments(
-        settings, tiny_model().to("meta"), folder="F", dtype=torch.bfloat16
+        settings, tiny_model().to("meta"), run=RunOptions(), folder="F", dtype=torch.bfloat16
     )
     assert "enable_chunked_prefill" not in elsewhere and "block_size" not in elsewhere
 
@@ -169,8 +169,8 @@ def test_a_float32_head_is_one_in_vllm_too():
     settings = RolloutSettings(
         use_vllm=True, vllm_engine_kwargs={"hf_overrides": {"rope_theta": 1.0}}
     )
-    settings.cast_lm_head_to_fp32 = True
-    made = engine_arguments(settings, tiny_model(), folder="F", dtype=torch.bfloat16)
+    run = RunOptions(float32_head=True)
+    made = engine_arguments(settings, tiny_model(), run=run, folder="F", dtype=torch.bfloat16)
     assert made["hf_overrides"] == {"rope_theta": 1.0, "head_dtype": "float32"}
 
 

@@ -182,18 +182,18 @@ def wrong(**changes):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (wrong(finish_reason="abort"), r"its answer is none: .*ended by 'abort'"),
-        (wrong(token_ids=["a"]), r"its answer is none: .*token_ids"),
-        (wrong(token_ids=None), r"its answer is none"),
-        (wrong(logprobs=None), r"its answer is none"),
+        (wrong(finish_reason="abort"), r"returned a malformed completion: .*ended by 'abort'"),
+        (wrong(token_ids=["a"]), r"returned a malformed completion: .*token_ids"),
+        (wrong(token_ids=None), r"returned a malformed completion"),
+        (wrong(logprobs=None), r"returned a malformed completion"),
         (wrong(logprobs={"content": []}), r"its log-probs are of other tokens"),
-        (wrong(index=None), r"its answer is none"),
+        (wrong(index=None), r"returned a malformed completion"),
         (lambda server, body: {"choices": []}, r"0 completions came for 2"),
         (lambda server, body: {"nothing": 1}, r"asked for completions and answered"),
         (lambda server, body: [1, 2], r"asked for completions and answered"),
     ],
 )
-def test_answers_that_are_none_are_errors(answer, message):
+def test_malformed_answers_are_errors(answer, message):
     with FakeVllm() as server:
         it = engine(server)
         it.publish(0)

@@ -1,4 +1,7 @@
-"""JSON over HTTP with a server that may be gone, slow or strange: every request has a deadline, none is sent twice."""
+"""JSON over HTTP with a server that may be gone, slow or strange.
+
+Every request has a deadline, and is sent once.
+"""
 
 import http.client
 import json
@@ -15,10 +18,10 @@ from gmpo.rollout.vllm.errors import VllmError
 
 logger = logging.getLogger(__name__)
 
-ANSWER_BYTES = 2**30  # longer answers are no answers
+ANSWER_BYTES = 2**30  # longer answers are refused
 CONNECT_ATTEMPTS = 3  # before anything is sent, so that nothing can happen twice
 HEALTH_TIMEOUT = 5.0  # seconds
-PAUSE = 0.5  # seconds between two looks at a server that is not there yet
+PAUSE = 0.5  # seconds between two looks at a server that has not come yet
 HOW_TO_START = "Start it with `gmpo serve MODEL`, or as docs/vllm.md tells"
 
 
@@ -27,11 +30,12 @@ class Channel:
 
     Args:
         address: Such as "http://127.0.0.1:8000".
-        token: Sent with every request; None: none.
-        timeout: Seconds that any request may take, from the connection to the last byte of the answer.
+        token: Sent with every request, unless it is None.
+        timeout: Seconds that any request may take, from the connection to the last byte of the
+            answer.
 
     Raises:
-        ValueError: The address is none.
+        ValueError: If `address` is not an http(s) URL.
     """
 
     def __init__(self, address: str, *, token: str | None, timeout: float) -> None:
@@ -42,10 +46,9 @@ class Channel:
         self.parts = parts
         self.token = token
         self.timeout = timeout
-        self.accepted = False  # whether the server has ever taken the token
-        self._open: dict[
-            socket.socket, threading.Event
-        ] = {}  # connections, and what tells that one was cut
+        self.accepted = False  # the server has taken the token before
+        # Connections, and the event that tells that one was cut.
+        self._open: dict[socket.socket, threading.Event] = {}
 
     def get(self, path: str) -> Any:
         return self.call("GET", path)
@@ -54,17 +57,17 @@ class Channel:
         return self.call("POST", path, body)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The answer's JSON; None if it is empty.
+        """Return the answer's JSON, or None if it is empty.
 
         Raises:
-            VllmFault: No answer within the timeout, no JSON, or one that is an error.
+            VllmError: No answer within the timeout, no JSON, or one that is an error.
         """
         what = f"{method} {self.address}{path}"
         status, data = self.exchange(method, path, body)
         if status == 401:
             raise VllmError(
-                f"The server at {self.address} refuses the token (401). Set VLLM_API_KEY to the token that it was "
-                "started with; `gmpo serve` says where it is.",
+                f"The server at {self.address} refuses the token (401). Set VLLM_API_KEY to the "
+                "token that it was started with; `gmpo serve` says where it is.",
                 lost=self.accepted,  # a server that was started again has a new one
             )
         try:
@@ -80,10 +83,10 @@ class Channel:
     def exchange(
         self, method: str, path: str, body: Any = None, *, timeout: float | None = None
     ) -> tuple[int, bytes]:
-        """Status and content of the answer.
+        """Return status and content of the answer.
 
         Raises:
-            VllmFault: There is none within the timeout.
+            VllmError: It does not come within the timeout.
         """
         timeout = self.timeout if timeout is None else timeout
         what = f"{method} {self.address}{path}"
@@ -98,17 +101,14 @@ class Channel:
                 )
                 response = connection.getresponse()
                 content = response.read(ANSWER_BYTES)
-                if (
-                    response.length and len(content) < ANSWER_BYTES
-                ):  # read(amount) does not raise where the rest is missing
+                # read(amount) does not raise where the rest is missing.
+                if response.length and len(content) < ANSWER_BYTES:
                     raise http.client.IncompleteRead(content, response.length)
             except (OSError, http.client.HTTPException) as error:
-                late = expired.is_set() or isinstance(error, TimeoutError)
-                problem = (
-                    f"was not answered within {timeout:g} seconds"
-                    if late
-                    else f"broke off ({error!r})"
-                )
+                if expired.is_set() or isinstance(error, TimeoutError):
+                    problem = f"was not answered within {timeout:g} seconds"
+                else:
+                    problem = f"broke off ({error!r})"
                 raise VllmError(f"{what} {problem}.", lost=True) from None
         if expired.is_set():
             raise VllmError(f"{what} was not answered within {timeout:g} seconds.", lost=True)
@@ -118,7 +118,7 @@ class Channel:
     def _connected(
         self, deadline: float, what: str
     ) -> Iterator[tuple[http.client.HTTPConnection, threading.Event]]:
-        """A connection that is cut at the deadline, however slowly bytes trickle in until then."""
+        """Open a connection that is cut at the deadline, however slowly bytes trickle in."""
         connection = self._connect(deadline, what)
         expired = threading.Event()
         timer = threading.Timer(
@@ -141,11 +141,8 @@ class Channel:
             cut(sock, expired)
 
     def _connect(self, deadline: float, what: str) -> http.client.HTTPConnection:
-        kind = (
-            http.client.HTTPSConnection
-            if self.parts.scheme == "https"
-            else http.client.HTTPConnection
-        )
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        kind = kinds[self.parts.scheme]
         for attempt in range(CONNECT_ATTEMPTS):
             left = max(deadline - time.monotonic(), 0.01)
             connection = kind(self.parts.hostname or "", self.parts.port, timeout=left)
@@ -159,7 +156,7 @@ class Channel:
             time.sleep(PAUSE)
         raise AssertionError
 
-    # -- is it there? ----------------------------------------------------------------------------------------------
+    # -- is it there? ------------------------------------------------------------------------------
 
     def is_healthy(self) -> bool:
         return self._look(HEALTH_TIMEOUT) is None
@@ -168,14 +165,15 @@ class Channel:
         """Return as soon as the server is healthy.
 
         Raises:
-            VllmFault: It is not within `seconds`; says what it was instead.
+            VllmError: It was not within `seconds`, and why.
         """
         deadline = time.monotonic() + seconds
         told = False
         while problem := self._look(max(min(deadline - time.monotonic(), HEALTH_TIMEOUT), 0.05)):
             if time.monotonic() + PAUSE >= deadline:
                 raise VllmError(
-                    f"No healthy vLLM server at {self.address} within {seconds:g} seconds: {problem} {HOW_TO_START}."
+                    f"No healthy vLLM server at {self.address} within {seconds:g} seconds: "
+                    f"{problem} {HOW_TO_START}."
                 )
             if not told:
                 logger.warning(
@@ -188,11 +186,11 @@ class Channel:
             time.sleep(PAUSE)
 
     def _look(self, timeout: float) -> str | None:
-        """What is wrong with the server; None: it is healthy."""
+        """Return what is wrong with the server, or None if it is healthy."""
         try:
             status, _ = self.exchange("GET", "/health", timeout=min(self.timeout, timeout))
-        except VllmError as fault:
-            return str(fault)
+        except VllmError as error:
+            return str(error)
         return None if status == 200 else f"GET {self.address}/health was answered with {status}."
 
 
@@ -204,7 +202,7 @@ def cut(sock: socket.socket, expired: threading.Event) -> None:
 
 
 def message_of(answer: Any) -> str:
-    """What an error answer says, without vLLM's wrapping."""
+    """Return the message of an error answer, without vLLM's wrapping."""
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     text = str(error.get("message", error) if isinstance(error, dict) else error)
     inner = text.partition("Worker failed with error '")[2].rpartition(

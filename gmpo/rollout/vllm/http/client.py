@@ -13,7 +13,7 @@ INCOMPLETE = "gmpo-incomplete"  # the version of weights while they are being re
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a trainer must know of a server's engine."""
+    """Facts of a server's engine that a trainer must know."""
 
     backend: str  # of its weight transfer
     logprobs_mode: str
@@ -23,25 +23,30 @@ class EngineFacts:
     workers: int
     takes_adapters: bool
 
+    def fits(self, other: "EngineFacts") -> bool:
+        """Return whether one trainer can use both engines at the same time."""
+        return (self.backend, self.dtype, self.device) == (other.backend, other.dtype, other.device)
+
 
 class Client:
     """A vLLM server; a `Receiver` of weights.
 
     Args:
-        channel: The way to it.
+        channel: The connection to it.
     """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.address = channel.address
 
-    # -- what is it? -----------------------------------------------------------------------------------------------
+    # -- what is it? -------------------------------------------------------------------------------
 
     def facts(self) -> EngineFacts:
-        """What the server says of itself.
+        """Return what the server says of itself.
 
         Raises:
-            VllmFault: Not vLLM, another version, a wrong token, or a server that can't be given weights.
+            VllmError: Not vLLM, another version, a wrong token, or a server that can't be given
+                weights.
         """
         answer = self.channel.get("/version")
         version = answer.get("version") if isinstance(answer, dict) else None
@@ -49,33 +54,36 @@ class Client:
             raise VllmError(f"What answers at {self.address} is not a vLLM server. {HOW_TO_START}.")
         if not version.startswith(SUPPORTED):
             raise VllmError(
-                f"The server at {self.address} is vLLM {version}, and gmpo works with {SUPPORTED}x. Install that one."
+                f"The server at {self.address} is vLLM {version}, and gmpo works with "
+                f"{SUPPORTED}x. Install that one."
             )
         self.channel.get("/v1/models")  # a server with vLLM's own --api-key asks for it here
         facts = self._facts_from_worker() or self._facts_from_config()
         if facts.backend not in ("gmpo", "nccl"):
             raise VllmError(
-                f"The server at {self.address} can't be given weights (its weight transfer is {facts.backend!r}). "
-                f"{HOW_TO_START}."
+                f"The server at {self.address} can't be given weights (its weight transfer is "
+                f"{facts.backend!r}). {HOW_TO_START}."
             )
         return facts
 
     def _facts_from_worker(self) -> EngineFacts | None:
-        """From gmpo's worker extension; None: the server has none."""
+        """Return the facts from gmpo's worker extension, or None if the server has no such."""
         try:
-            (described,) = self.channel.post("/collective_rpc", {"method": "gmpo_describe"})[
-                "results"
-            ][:1]
+            answer = self.channel.post("/collective_rpc", {"method": "gmpo_describe"})
+            described = answer["results"][0]  # all workers say the same
             return EngineFacts(**described)
-        except VllmError as fault:
-            if fault.lost:
+        except VllmError as error:
+            if error.lost:
                 raise
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, IndexError):
             pass
         return None
 
     def _facts_from_config(self) -> EngineFacts:
-        """From vLLM's own account of its configuration, for which it examines the machine: 10 seconds and more."""
+        """Return the facts from vLLM's own account of its configuration.
+
+        It takes 10 seconds and more, since vLLM examines the machine for it.
+        """
         try:
             config = self.channel.get("/server_info?config_format=json")["vllm_config"]
             model, transfer = config["model_config"], config["weight_transfer_config"] or {}
@@ -88,31 +96,34 @@ class Client:
                 workers=self.channel.get("/get_world_size")["world_size"],
                 takes_adapters=config["lora_config"] is not None,
             )
-        except VllmError as fault:
-            if fault.lost:
+        except VllmError as error:
+            if error.lost:
                 raise
-            reason: Exception = fault
+            reason: Exception = error
         except (KeyError, TypeError, AttributeError) as error:
             reason = error
         raise VllmError(
             f"The server at {self.address} can't be given weights ({reason}). {HOW_TO_START}."
         )
 
-    # -- weights ---------------------------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.channel.post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Begin an update.  Until it is finished the server generates nothing, and its version is none of ours."""
+        """Begin an update.
+
+        Until it is finished the server generates nothing, and its version is INCOMPLETE.
+        """
         self.channel.post("/pause?mode=abort")
         self.set_version(INCOMPLETE)
         try:
             self.channel.post("/start_weight_update")
-        except VllmError as fault:
-            if "already" not in str(fault):
+        except VllmError as error:
+            if "already" not in str(error):
                 raise
-            self.abandon()  # what a trainer has begun that is no more
+            self.abandon()  # a trainer that has died since began it
             self.channel.post("/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -126,7 +137,7 @@ class Client:
             self.set_version(weight_version)
 
     def abandon(self) -> None:
-        """End a broken update, so that the server takes a new one.  Its version stays INCOMPLETE."""
+        """End a broken update, so that the server takes a new one; its version stays INCOMPLETE."""
         with suppress(VllmError):
             self.update_weights({"abort": "the trainer has given it up"})
 
@@ -134,7 +145,7 @@ class Client:
         self.channel.post("/update_weight_version", {"new_version": tag})
 
     def weight_version(self) -> str:
-        """What was last given to `set_version`; vLLM's own word for it in a server that has just been started."""
+        """Return the last value of `set_version`, or vLLM's own if there was none."""
         answer = self.channel.get("/weight_info")
         return str(answer.get("weight_version")) if isinstance(answer, dict) else str(answer)
 
@@ -142,7 +153,8 @@ class Client:
         answer = self.channel.post("/reset_prefix_cache")
         if not (isinstance(answer, dict) and answer.get("success")):
             raise VllmError(
-                f"The server at {self.address} did not empty its prefix cache. Does somebody else use it, too?"
+                f"The server at {self.address} did not empty its prefix cache. Does somebody else "
+                "use it, too?"
             )
 
     def zero_weights(self) -> None:
@@ -157,17 +169,16 @@ class Client:
         self._told("/v1/unload_lora_adapter", {"lora_name": name})
 
     def _told(self, path: str, body: dict[str, Any]) -> None:
-        """A call whose answer is a sentence, not JSON."""
+        """Make a call whose answer is a sentence, not JSON."""
         status, data = self.channel.exchange("POST", path, body)
         if status != 200:
-            raise VllmError(
-                f"POST {self.address}{path} was answered with {status}: {data[:400].decode('utf8', 'replace')}"
-            )
+            sentence = data[:400].decode("utf8", "replace")
+            raise VllmError(f"POST {self.address}{path} was answered with {status}: {sentence}")
 
-    # -- completions -----------------------------------------------------------------------------------------------
+    # -- completions -------------------------------------------------------------------------------
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """vLLM's answer to a request for completions, with a list of "choices"."""
+        """Return vLLM's answer to a request for completions, with a list of "choices"."""
         answer = self.channel.post("/inference/v1/generate", body)
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
             raise VllmError(

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.channel import Channel
 from gmpo.rollout.vllm.http.client import Client, EngineFacts
 from gmpo.rollout.vllm.http.tokens import find_token
+
+Result = TypeVar("Result")
 
 
 class Fleet:
@@ -21,79 +23,80 @@ class Fleet:
     def __init__(self, clients: Sequence[Client]) -> None:
         self.clients = list(clients)
         self.facts: list[EngineFacts] = []
-        self.tag: str | None = None  # what a finished update is called, if its caller does not say
+        self.tag: str | None = None  # the name of a finished update, if its caller does not say
 
     @classmethod
     def of(cls, settings: RolloutSettings) -> "Fleet":
-        """The servers that the settings name."""
+        """Return the servers that the settings name."""
         timeout = settings.vllm_server_timeout
-        return cls(
-            [
-                Client(Channel(address, token=None, timeout=timeout))
-                for address in addresses(settings)
-            ]
-        )
+        channels = [
+            Channel(address, token=None, timeout=timeout) for address in addresses(settings)
+        ]
+        return cls([Client(channel) for channel in channels])
 
     def connect(self, seconds: float) -> None:
         """Wait for all servers and see that they can be used together.
 
         Raises:
-            VllmFault: A server does not come, can't be given weights, or differs from the others.
+            VllmError: A server does not come, can't be given weights, or differs from the others.
         """
         self.each(lambda client: client.channel.wait(seconds))
+
+        # Look for tokens now: a server that was started again has another.
         for client in self.clients:
-            client.channel.token = find_token(
-                client.address
-            )  # now: a server that was started again has a new one
+            client.channel.token = find_token(client.address)
+
         self.facts = self.each(lambda client: client.facts())
+        first = self.facts[0]
         for client, facts in zip(self.clients, self.facts, strict=True):
-            first = self.facts[0]
-            if (facts.backend, facts.dtype, facts.device) != (
-                first.backend,
-                first.dtype,
-                first.device,
-            ):
+            if not facts.fits(first):
                 raise VllmError(
-                    f"The servers differ: {self.clients[0].address} is {first}, {client.address} is {facts}. "
-                    "Start all of them alike."
+                    f"The servers differ: {self.clients[0].address} is {first}, {client.address} "
+                    f"is {facts}. Start all of them alike."
                 )
 
     @property
     def longest(self) -> int:
+        """Return how many tokens a sequence can have on every server."""
         return min(facts.longest for facts in self.facts)
 
     @property
     def is_ours(self) -> bool:
-        """Whether the servers load weights with gmpo's backend, not with vLLM's plain NCCL one."""
+        """Return whether the servers load weights with gmpo's backend, not vLLM's NCCL one."""
         return self.facts[0].backend == "gmpo"
 
-    def each(self, work: Callable[[Client], Any]) -> list[Any]:
-        """`work` on all servers at the same time; the first failure is raised after all have ended."""
+    def each(self, work: Callable[[Client], Result]) -> list[Result]:
+        """Run `work` on all servers at the same time.
+
+        Raises:
+            Exception: The first failure, after all have ended.
+        """
         if len(self.clients) == 1:
             return [work(self.clients[0])]
         with ThreadPoolExecutor(max_workers=len(self.clients)) as pool:
-            return [
-                future.result() for future in [pool.submit(work, client) for client in self.clients]
-            ]
+            futures = [pool.submit(work, client) for client in self.clients]
+            return [future.result() for future in futures]
 
-    # -- a Receiver ------------------------------------------------------------------------------------------------
+    # -- a Receiver --------------------------------------------------------------------------------
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.each(lambda client: client.init_weight_transfer_engine(init_info))
 
     def join_nccl(self, payload: dict[str, Any]) -> None:
-        """Let the workers of all servers join an NCCL group, one server's after another's."""
-        offsets = {}
-        next_rank = payload["rank_offset"]
+        """Let the workers of all servers join an NCCL group, one server's after another's.
+
+        Example:
+            Servers of 2 and 4 workers, payload["rank_offset"] 1 (the trainer is rank 0): the first
+            server's workers are ranks 1 and 2, the second's 3 to 6.
+        """
+        infos: dict[Client, dict[str, Any]] = {}
+        offset = payload["rank_offset"]
         for client, facts in zip(self.clients, self.facts, strict=True):
-            offsets[client] = next_rank
-            next_rank += facts.workers
-        wrapped = (lambda info: {"nccl": info}) if self.is_ours else (lambda info: info)
-        self.each(
-            lambda client: client.init_weight_transfer_engine(
-                wrapped({**payload, "rank_offset": offsets[client]})
-            )
-        )
+            info = {**payload, "rank_offset": offset}
+            infos[client] = {"nccl": info} if self.is_ours else info
+            offset += facts.workers
+
+        self.each(lambda client: client.init_weight_transfer_engine(infos[client]))
 
     def start_weight_update(self) -> None:
         self.each(lambda client: client.start_weight_update())
@@ -109,6 +112,7 @@ class Fleet:
 
 
 def addresses(settings: RolloutSettings) -> list[str]:
+    """Return the addresses of the servers that the settings name."""
     if settings.vllm_server_addresses:
         return list(settings.vllm_server_addresses)
     if settings.vllm_server_base_url is not None:

@@ -10,13 +10,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
 def token_file(port: int) -> Path:
-    """Where the token of this user's server at `port` lies; readable for this user alone."""
+    """Return where the token of this user's server at `port` lies; only this user can read it."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return state / "gmpo" / f"server-{port}.token"
 
 
 def new_token(port: int) -> str:
-    """A token that nobody knows, left where trainers of this user on this machine find it."""
+    """Make a secret token, and leave it where this user's trainers on this machine find it."""
     token = secrets.token_urlsafe(32)
     path = token_file(port)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -28,9 +28,10 @@ def new_token(port: int) -> str:
 
 
 def find_token(address: str) -> str | None:
-    """The token for a server: the environment's, or what `gmpo serve` has left on this machine; None: there is none."""
+    """Return the environment's token, else the one that `gmpo serve` left here, else None."""
     if os.environ.get(VARIABLE):
         return os.environ[VARIABLE]
+
     parts = urlsplit(address)
     if parts.hostname not in LOOPBACK or parts.port is None:
         return None

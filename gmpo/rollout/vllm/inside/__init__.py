@@ -2,4 +2,5 @@
 
 worker.py  receives weights; vLLM loads it as a plugin
 guard.py   asks every request for the secret
+names.py   names by which vLLM finds the two
 """

@@ -1,5 +1,6 @@
 """Weights on their way into vLLM.
 
-send.py  a publication: buckets of tensors, by reference or in files
-nccl.py  buckets over NCCL
+send.py      a publication: buckets of whole tensors, one after another
+carriers.py  how a bucket travels: by reference, in files, over NCCL
+nccl.py      the trainer's end of an NCCL group
 """

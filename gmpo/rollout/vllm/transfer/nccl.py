@@ -1,7 +1,8 @@
-"""The trainer's end of a publication over NCCL: vLLM's own engine, without the rendezvous that unpickles.
+"""The trainer's end of a publication over NCCL: vLLM's own engine, without unpickling.
 
-vLLM can bring trainer and workers together over a TCPStore, whose values it unpickles, or by an NCCL unique id that the
-trainer makes.  The id travels with the other init infos, over HTTP, under the token.
+vLLM can bring trainer and workers together over a TCPStore, whose values it unpickles, or by an
+NCCL unique id that the trainer makes.  The id travels with the other init infos, over HTTP, under
+the token.
 """
 
 import base64
@@ -14,42 +15,44 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
+
+from gmpo.rollout.vllm.transfer.carriers import NamedTensor, Receiver, TrainerEngine
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """What vLLM's trainer engine sends: `metadata` announces exactly what iteration gives."""
+    """The tensors that vLLM's trainer engine sends; `metadata` announces exactly those."""
 
     names: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
-    tensors: Iterable[tuple[str, Tensor]]
+    tensors: Iterable[NamedTensor]
 
     def metadata(self) -> list[Any]:
         from vllm.distributed.weight_transfer.base import ParamMeta
 
         return [ParamMeta(*entry) for entry in self.names]
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def __iter__(self) -> Iterator[NamedTensor]:
         return iter(self.tensors)
 
 
 def trainer_engine(
     source: WeightSource,
-    receiver: Any,
+    receiver: Receiver,
     *,
     join: Callable[[dict[str, Any]], None],
     workers: int,
     host: str,
     port: int,
-) -> Any:
-    """vLLM's NCCL trainer engine, joined with all workers.
+) -> TrainerEngine:
+    """Return vLLM's NCCL trainer engine, joined with all workers.
 
     Args:
-        receiver: What the engine calls to start, update and finish.
+        source: The tensors of each publication.
+        receiver: Told by the engine to start, update and finish.
         join: Gives every server the init info; blocks until its workers have joined.
-        workers: Of all servers.
+        workers: Their number, over all servers.
         host: This machine, as the servers reach it.
-        port: On which NCCL waits for the workers.
+        port: The port on which NCCL waits for the workers.
     """
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
     from vllm.distributed.weight_transfer.nccl_common import (
@@ -58,7 +61,11 @@ def trainer_engine(
     )
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
-    engine = NCCLTrainerWeightTransferEngine(client=receiver, source=source, is_sender=True)  # type: ignore[arg-type]
+    engine: Any = NCCLTrainerWeightTransferEngine(
+        client=receiver,  # pyright: ignore[reportArgumentType] (vLLM asks for its own class)
+        source=source,  # pyright: ignore[reportArgumentType] (vLLM asks for its own class)
+        is_sender=True,
+    )
     os.environ["NCCL_COMM_ID"] = f"{host}:{port}"  # else NCCL chooses a port
     try:
         identity = bytes(NCCLLibrary().ncclGetUniqueId().internal)
@@ -71,7 +78,9 @@ def trainer_engine(
             packed_num_buffers=engine.packed_num_buffers,
         )
         payload = {name: value for name, value in asdict(info).items() if value is not None}
-        with ThreadPoolExecutor(max_workers=1) as pool:  # both sides wait for each other in here
+
+        # Both sides wait for each other in here.
+        with ThreadPoolExecutor(max_workers=1) as pool:
             joined = pool.submit(join, payload)
             engine.model_update_group = uid_init_process_group(
                 identity, 0, workers + 1, torch.accelerator.current_device_index()
@@ -83,7 +92,7 @@ def trainer_engine(
 
 
 def own_host(address: str) -> str:
-    """This machine's address on the way to a server."""
+    """Return this machine's address on the way to a server."""
     parts = urlsplit(address)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))  # sends nothing

