@@ -165,6 +165,11 @@ def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:
         collection.require(len(train_dataset))
         return collection
 
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps={args.max_steps} with an iterable train_dataset: nobody knows how long an "
+            "epoch is. Set max_steps to a positive number."
+        )
     if args.dataloader_num_workers:
         raise ValueError(
             f"dataloader_num_workers={args.dataloader_num_workers} with an iterable train_dataset: "

@@ -8,6 +8,7 @@ old log-probs      |  the policy's   |  kept from     |
                    |  own, as it is  |  before step 1  |
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -77,13 +78,12 @@ class OptimizerBatches:
             step: Optimizer steps that are done.
         """
         self.learner.begin_step()
+        with distributed.raise_on_all_ranks("read the next rows"):
+            shares = list(itertools.islice(rows, num_micro_batches))
+
         batches: list[Batch] = []
         num_collections = 0
-
-        for number in range(num_micro_batches):
-            share = next(rows, None)
-            if share is None:
-                break
+        for number, share in enumerate(shares):
             if share.micro_step == 0 or not self._waiting:
                 # Step and number name all random numbers of the collection.
                 seed = mixed_seed(self.args.seed, step, num_collections)

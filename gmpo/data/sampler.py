@@ -4,6 +4,7 @@ A micro-step's data is a `Rows`: this rank's part of the current collection and 
 It says itself where it belongs, so skipping batches on a resume or reading ahead in workers can't shift anything.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +46,10 @@ class CollectionSize:
         """Raise a ValueError if `available` prompts do not fill one collection."""
         if available < self.prompts:
             raise ValueError(
-                f"The training set has {available} prompt(s), but one collection needs {self.prompts} "
-                f"(generation_batch_size={self.rows} / num_generations={self.group_size}). Add prompts, or lower "
-                f"generation_batch_size (steps_per_generation) to at most {max(available, 1) * self.group_size}."
+                f"The training set has {available} prompt(s), but one collection needs "
+                f"{self.prompts} (generation_batch_size={self.rows} / "
+                f"num_generations={self.group_size}). Add prompts, or lower generation_batch_size "
+                f"(steps_per_generation) to at most {max(available, 1) * self.group_size}."
             )
 
 
@@ -121,27 +123,55 @@ class KeyedRows(Dataset):
 
 
 class StreamedRows(IterableDataset):
-    """An iterable dataset cut into collections: the same items as `KeyedRows` gives, in the same order."""
+    """An iterable dataset cut into collections, pass after pass without an end.
+
+    It gives the items that `KeyedRows` gives, in the same order; rows at the end of a pass that do
+    not fill a collection are left out.  The Trainer takes a stream for one long epoch, skips from
+    its beginning on a resume, and has no end of an epoch to finish a window of gradient
+    accumulation: so a pass must not end it.
+    """
 
     def __init__(self, dataset: Any, collection: CollectionSize, *, ranks: int):
-        self.dataset, self.collection, self.ranks = dataset, collection, ranks
+        self.dataset = dataset
+        self.collection = collection
+        self.ranks = ranks
+        self.first_pass = 0
 
     def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        """Begin with the order of pass `epoch`."""
+        self.first_pass = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        per_rank = self.collection.rows // self.ranks
+        for number in itertools.count(self.first_pass):
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(number)
+            yield from self._one_pass()
+
+    def _one_pass(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield the collections of one pass over the dataset.
+
+        Raises:
+            ValueError: If it has no prompts for a single one.
+        """
+        num_collections = 0
         prompts: list[dict[str, Any]] = []
         for number, row in enumerate(self.dataset):
             prompts.append(DatasetRow(row, number))
-            if len(prompts) < self.collection.prompts:
-                continue
-            rows = [row for row in prompts for _ in range(self.collection.group_size)]
-            for micro_step in range(self.collection.micro_steps):
-                for number, row in enumerate(rows):
-                    yield micro_step, number // per_rank * per_rank, row
-            prompts = []
+            if len(prompts) == self.collection.prompts:
+                yield from self._one_collection(prompts)
+                num_collections += 1
+                prompts = []
+        if num_collections == 0:
+            self.collection.require(len(prompts))
+
+    def _one_collection(
+        self, prompts: list[dict[str, Any]]
+    ) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        per_rank = self.collection.rows // self.ranks
+        rows = [row for row in prompts for _ in range(self.collection.group_size)]
+        for micro_step in range(self.collection.micro_steps):
+            for number, row in enumerate(rows):
+                yield micro_step, number // per_rank * per_rank, row
 
 
 class EvalSampler(Sampler[list[tuple[int, int, int]]]):
