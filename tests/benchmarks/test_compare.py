@@ -40,11 +40,11 @@ def test_a_round_that_others_disturb_is_repeated_but_not_for_ever(monkeypatch):
     taken = iter([0.0, 1000.0, 0.0, 0.0])  # others' processor time before and after each try
     monkeypatch.setattr(compare, "others_seconds", lambda pid: next(taken))
     rounds = iter("ab")
-    assert compare.preserve_rng(lambda: next(rounds), 0, tries=3) == "b"
+    assert compare.undisturbed(lambda: next(rounds), 0, tries=3) == "b"
     always = iter(range(0, 10**9, 1000))
     monkeypatch.setattr(compare, "others_seconds", lambda pid: float(next(always)))
     rounds = iter("abc")
-    assert compare.preserve_rng(lambda: next(rounds), 0, tries=2) == "b"
+    assert compare.undisturbed(lambda: next(rounds), 0, tries=2) == "b"
 
 
 def test_ratios_and_medians_are_those_of_the_sides():

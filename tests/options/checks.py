@@ -136,7 +136,7 @@ def ds3_gather_for_generation(monkeypatch, folder):
         gathered.append(inner)
         yield
 
-    monkeypatch.setattr("gmpo.rollout.generation_mode.whole_model", whole)
+    monkeypatch.setattr("gmpo.rollout.generation_mode.full_model", whole)
     for engine in ("shared_prefix", "generate"):
         for gather in (True, False):
             gathered.clear()
@@ -394,12 +394,12 @@ def trackio_static_space_id(monkeypatch, folder):
 
 
 def eval_use_gather_object(monkeypatch, folder):
-    from gmpo.trainer import gathered_as_objects
+    from gmpo.distributed import all_gather_as_objects
 
     used = Recorder()
     monkeypatch.setattr(
-        "gmpo.trainer.gathered_as_objects",
-        lambda value: (used(value), gathered_as_objects(value))[1],
+        "gmpo.trainer.all_gather_as_objects",
+        lambda value: (used(value), all_gather_as_objects(value))[1],
     )
     fresh_run(SCENARIOS["evaluate"])
     assert not used.calls

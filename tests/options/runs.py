@@ -21,6 +21,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from gmpo.trainer import GMPOTrainer, GRPOTrainer
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+from tests.watch import collections_of
 
 LETTERS = "abcdefgh"
 ROWS = [{"prompt": " ".join(LETTERS[: 1 + i % 6]), "wanted": LETTERS[i % 8]} for i in range(16)]
@@ -200,10 +201,6 @@ SCENARIOS: dict[str, Scenario] = {
         }
     ),
     "dropout": Scenario(arguments=lambda _: {"model": tiny_model(attention_dropout=0.5)}),
-    "short context": Scenario(
-        {"overlong_prompts": "drop"},
-        arguments=lambda _: {"model": tiny_model(max_position_embeddings=9)},
-    ),
     "half": Scenario(arguments=lambda _: {"model": tiny_model(dtype=torch.bfloat16)}),
     "mixture": Scenario(arguments=lambda _: {"model": mixture()}),
     "drifted": Scenario(around=drifted_sampler),
@@ -317,17 +314,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def recorded(trainer: Any, result: Run) -> Iterator[None]:
     """Keep the collections, and what the model is called with."""
-    report = trainer.stages.report
-
-    def reporting(collection, *args, **keywords):
-        result.collections.append(collection)
-        report(collection, *args, **keywords)
 
     def calling(module, args, keywords):
         shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in keywords.items()}
         result.forwards.append({**shapes, "training": module.training})
 
-    trainer.stages.report = trainer.stages.optimizer_batches.report = reporting
+    result.collections = collections_of(trainer)
     handle = trainer.unwrapped_policy().base_model.register_forward_pre_hook(
         calling, with_kwargs=True
     )

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from tests.tiny import WORDS, tiny_model
+from tests.watch import collections_of
 
 SIZES = {
     "vocab_size": len(WORDS),
@@ -62,12 +63,7 @@ def test_what_is_scored_is_what_the_model_itself_says(make_trainer, name, engine
         temperature=0.7,
         generation_engine=engine,
     )
-    seen = []
-    report = trainer.stages.report
-    trainer.stages.report = lambda collection, **keywords: (
-        seen.append(collection),
-        report(collection, **keywords),
-    )
+    seen = collections_of(trainer)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
     assert trainer.state.log_history[0]["sampling/sampling_logp_difference/max"] < 1e-4

@@ -75,10 +75,12 @@ def test_of_several_ranks_none_starts_a_collective_where_its_memory_runs_out(
     trainer, met = make_trainer(), []
     monkeypatch.setattr("gmpo.learn.distributed.world_size", lambda: 2)
     monkeypatch.setattr(
-        "gmpo.learn.distributed.reduced", lambda *given: met.append(given) or torch.ones(())
+        "gmpo.learn.distributed.all_reduce", lambda *given: met.append(given) or torch.ones(())
     )
     trainer.stages.learner.in_step = True
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        trainer.stages.learner.make_room(torch.OutOfMemoryError("no room"), make_batch())
+        trainer.stages.learner.make_room(
+            torch.OutOfMemoryError("no room"), trainer.model, make_batch()
+        )
     assert any("Set max_tokens_per_chunk" in note for note in caught.value.__notes__)
     assert met == []

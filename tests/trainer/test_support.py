@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from tests.tiny import WORDS, tiny_model
+from tests.watch import collections_of
 
 CUTS = {
     "top_p": {"top_p": 0.7},
@@ -42,16 +43,9 @@ def run(make_trainer):
             **options,
         }
         trainer = make_trainer(**options)
-        batches = []
-        report = trainer.stages.report
-
-        def remember(collection, *args, **keywords):
-            batches.append(collection.batch)
-            report(collection, *args, **keywords)
-
-        trainer.stages.report = remember
+        collections = collections_of(trainer)
         trainer.train()
-        return trainer, batches
+        return trainer, [collection.batch for collection in collections]
 
     return train
 
