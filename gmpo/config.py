@@ -95,7 +95,9 @@ class GRPOConfig(
         low=0.0,
         high=1.0,
     )
-    output_dir: str = option(None, "Folder of the run: checkpoints, metrics, completions.")
+    output_dir: str = option(
+        "trainer_output", "Folder of the run: checkpoints, metrics, completions."
+    )
     logging_dir: str | None = option(None, "Folder of the trackers' local files (tensorboard).")
 
     algorithm = "grpo"
