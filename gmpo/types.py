@@ -1,18 +1,20 @@
-"""What flows between the stages: prompts, rollouts, batches, scores and statistics.  Read this file first.
+"""Everything that flows between the stages: prompts, rollouts, batches, log-probs and statistics.
 
-Four policies meet in a training step.  Their log-probs are in nats, of the distribution that is sampled from: scaled by
-the temperature and, with `logps_support="sampled"`, cut and penalised as the sampler did (`Batch.support`):
+Read this file first.  Four policies meet in a training step.  Their log-probs are in nats, of the
+distribution that is sampled from: scaled by the temperature and, with `logps_support="sampled"`, cut
+and penalised as the sampler did (`Batch.support`):
 
     logps           the policy being trained, now
     old_logps       the same weights when this collection began
     ref_logps       the frozen reference (only with beta > 0)
-    sampler_logps   what the engine reported while it sampled
+    sampler_logps   as the engine reported them while it sampled
 
-Axes: B rows, T completion tokens, P prompt tokens, G group, F reward sources, V vocabulary, H hidden.
+Axes: B rows, T completion tokens, P prompt tokens, G group, F reward sources, V vocabulary,
+H hidden.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from gmpo.token_sets import TokenSets
 
 Messages = list[dict[str, Any]]
+Number = float | Tensor  # a plain number or a scalar tensor, on any device
 
 
 class DatasetRow(dict[str, Any]):
@@ -41,7 +44,7 @@ class Prompt:
     """One prompt, ready for an engine.  The rows of a group share one object."""
 
     ids: list[int]  # tokens, with special tokens, at least one
-    source: str | Messages  # what the dataset holds
+    source: str | Messages  # as the dataset holds it
     opened: str = ""  # text at the prompt's end that the completion continues, such as "<think>\n"
 
 
@@ -50,61 +53,61 @@ class Rollout:
     """One sampled completion, ragged, on the CPU."""
 
     prompt: Prompt
-    ids: list[
-        int
-    ]  # completion tokens; includes the end-of-sequence token where the policy wrote one; may be empty
-    finish_reason: Literal["stop", "length"]  # "length": the token budget ended it
-    sampler_logps: list[float] | None = (
-        None  # one per token of ids; None: the engine does not report them
-    )
-    support: TokenSets | None = (
-        None  # [len(ids)], the tokens that each was drawn from; None: always all
-    )
-    trained: list[bool] | None = (
-        None  # one per token of ids, false where an environment wrote; None: all true
-    )
+    # Completion tokens; includes the end-of-sequence token where the policy wrote one; may be empty.
+    ids: list[int]
+    finish_reason: Literal["stop", "length"]  # "length" if the token budget ended it
+    # One per token of ids; None if the engine does not report them.
+    sampler_logps: list[float] | None = None
+    # [len(ids)], the tokens that each was drawn from; None if always all.
+    support: TokenSets | None = None
+    # One per token of ids, false where an environment wrote; None if all are true.
+    trained: list[bool] | None = None
     policy_version: int = 0  # of the weights that wrote it
-    completion: str | Messages = (
-        ""  # decoded, in the form of the prompt: text, or a list of messages
-    )
+    # Decoded, in the form of the prompt: text, or a list of messages.
+    completion: str | Messages = ""
 
     @property
     def truncated(self) -> bool:
+        """True if the token budget ended it."""
         return self.finish_reason == "length"
 
 
 @dataclass(slots=True)
 class Batch:
-    """Rows that one update (or a part of it) trains on.  Per-token fields are right-padded over completion tokens."""
+    """Rows that one update (or a part of it) trains on.
 
-    prompt_ids: list[
-        Tensor
-    ]  # B of int64 [P_i], ragged; rows of a group hold the same tensor object
+    Fields per token are right-padded over completion tokens.
+
+    Example:
+        prompts [5, 6] and [7], completions [8, 9, 2] and [4]
+        completion_ids [[8, 9, 2], [4, 0, 0]], lengths [3, 1], mask [[1, 1, 1], [1, 0, 0]]
+        rows(tensor([1])) has completion_ids [[4]]
+    """
+
+    prompt_ids: list[Tensor]  # B of int64 [P_i]; rows of a group hold the same tensor object
     completion_ids: Tensor  # [B, T] int64, 0 on padding
     lengths: Tensor  # [B] int64, completion tokens of each row, trained or not
     mask: Tensor  # [B, T] bool, true where the policy wrote the token and it may be trained on
-    num_completion_tokens: (
-        Tensor  # [B] int64, tokens the policy wrote: what denominators count, trained on or not
-    )
+    # [B] int64, tokens that the policy wrote, trained on or not
+    num_completion_tokens: Tensor
     advantages: Tensor  # [B] float32
     group: Tensor  # [B] int64, index of the row's prompt within the collection
-    old_logps: Tensor | None = (
-        None  # [B, T]; None: the policy has not moved since sampling, use sg(logps)
-    )
+    # [B, T]; None if the policy has not moved since sampling, so that sg(logps) are the old ones
+    old_logps: Tensor | None = None
     ref_logps: Tensor | None = None  # [B, T]
     sampler_logps: Tensor | None = None  # [B, T]
-    support: TokenSets | None = (
-        None  # [B, T], the tokens that each was drawn from; None: always all
-    )
+    # [B, T], the tokens that each was drawn from; None if always all
+    support: TokenSets | None = None
     policy_version: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     def rows(self, index: Tensor) -> "Batch":
-        """The rows `index` ([b] int64), with T cut to the longest of them."""
+        """Return the rows `index` ([b] int64), with T cut to the longest of them."""
         width = max(1, int(self.lengths[index].max())) if len(index) else 1
         chosen: dict[str, Any] = {"prompt_ids": [self.prompt_ids[i] for i in index.tolist()]}
+
         for name, value in self._tensors().items():
             index_here = index.to(value.device)
             chosen[name] = value[index_here] if value.dim() == 1 else value[index_here, :width]
@@ -113,17 +116,13 @@ class Batch:
         return dataclasses.replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {
-            id(ids): ids.to(device) for ids in self.prompt_ids
-        }  # one tensor per prompt stays one tensor
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in self._tensors().items()
-        }
+        """Return the batch on `device`.  One tensor per prompt stays one tensor."""
+        moved = {id(ids): ids.to(device) for ids in self.prompt_ids}
+        fields: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}
+        fields["prompt_ids"] = [moved[id(ids)] for ids in self.prompt_ids]
         if self.support is not None:
-            tensors["support"] = self.support.to(device)
-        return dataclasses.replace(
-            self, prompt_ids=[moved[id(ids)] for ids in self.prompt_ids], **tensors
-        )
+            fields["support"] = self.support.to(device)
+        return dataclasses.replace(self, **fields)
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -132,38 +131,44 @@ class Batch:
 
 @dataclass(slots=True)
 class TokenLogProbs:
-    """What the policy says of the completion tokens of a batch.  Values under the padding are 0."""
+    """The policy's log-probs of the completion tokens of a batch.  Values on the padding are 0."""
 
     logps: Tensor  # [B, T] float32 or wider
-    entropy: Tensor  # [B, T] nats, of the distribution of `logps`; carries a gradient only where asked for
-    router_loss: Tensor | None = (
-        None  # scalar load-balancing loss of mixture-of-experts models, not yet weighted
-    )
+    # [B, T] nats, of the distribution of `logps`; carries a gradient only where asked for
+    entropy: Tensor
+    # Scalar load-balancing loss of mixture-of-experts models, not yet weighted
+    router_loss: Tensor | None = None
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Local figures on their way to the log; `report/metrics.py` reduces them over the ranks, once."""
+    """Local figures on their way to the log; `report/metrics.py` reduces them over the ranks, once.
 
-    means: dict[str, tuple[Any, Any]] = field(
-        default_factory=dict
-    )  # name -> (sum, count), logged as sum / count
-    minima: dict[str, Any] = field(default_factory=dict)
-    maxima: dict[str, Any] = field(default_factory=dict)
+    Example:
+        means {"kl": (3.0, 2)} updated with {"kl": (1.0, 2)} -> {"kl": (4.0, 4)}, logged as 1.0
+    """
+
+    # name -> (sum, count), logged as sum / count
+    means: dict[str, tuple[Number, Number]] = field(default_factory=dict)
+    minima: dict[str, Number] = field(default_factory=dict)
+    maxima: dict[str, Number] = field(default_factory=dict)
 
     def update(self, other: "Statistics") -> None:
         """Add `other` to this."""
         for name, (total, count) in other.means.items():
             old_total, old_count = self.means.get(name, (0.0, 0.0))
             self.means[name] = (old_total + total, old_count + count)
-        for mine, theirs, choose in (
-            (self.minima, other.minima, torch.minimum),
-            (self.maxima, other.maxima, torch.maximum),
-        ):
-            for name, value in theirs.items():
-                value = torch.as_tensor(value)
-                mine[name] = (
-                    choose(torch.as_tensor(mine[name], device=value.device), value)
-                    if name in mine
-                    else value
-                )
+        _keep_extremes(self.minima, other.minima, torch.minimum)
+        _keep_extremes(self.maxima, other.maxima, torch.maximum)
+
+
+def _keep_extremes(
+    mine: dict[str, Number],
+    theirs: dict[str, Number],
+    choose: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    for name, value in theirs.items():
+        value = torch.as_tensor(value)
+        if name in mine:
+            value = choose(torch.as_tensor(mine[name], device=value.device), value)
+        mine[name] = value

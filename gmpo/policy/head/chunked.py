@@ -1,11 +1,13 @@
 """Log-probs and entropies out of hidden states: the vocabulary head, a tile of rows at a time.
 
-[N, V] logits never exist for more than one tile.  A tile's logits stay in the dtype in which the head computes them;
-what is made of them is made in float32 (float64 for float64), a few rows at a time, so that passes stay in the cache.
+[N, V] logits never exist for more than one tile.  A tile's logits stay in the dtype in which the
+head computes them.  Everything made of them is made in float32 (float64 for float64), a few rows at
+a time, so that passes stay in the cache.
 """
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,11 @@ from gmpo.policy.head.onednn import add_product, product, product_into
 
 TILE_BYTES = 256 * 2**20  # of the logits of one tile on a CPU
 TILE_SHARE = 0.03  # of the memory of an accelerator
-LEAST = 1e-18  # added to the size of a row's gradient: 0 divides nothing then, and its square still is a float32
+CACHE_BYTES = {"cpu": 4 * 2**20}  # of the rows of a tile that are treated at once
+OTHER_CACHE_BYTES = 64 * 2**20  # on other devices
+# Added to the size of a row's gradient: avoids division by zero; its square is still representable
+# in float32.
+LEAST = 1e-18
 SOME_VOCABULARY = 8192  # columns of a 16-bit weight gradient that are added up at once
 
 
@@ -30,67 +36,60 @@ def token_logps(
     shaping: Shaping | None = None,
     want_entropy_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution.
+    """Return the log-prob of each target and the entropy of each distribution.
 
-    The backward pass computes the logits of a tile again, unless the head is frozen: then the forward pass keeps, for
-    each row, the direction in the space of hidden states in which its log-prob grows.
+    The backward pass computes the logits of a tile again, unless the head is frozen: then the
+    forward pass keeps, for each row, the direction in the space of hidden states in which its
+    log-prob grows.
 
     Args:
-        hidden: [N, H] what the head gets.
+        hidden: [N, H], the input of the head.
         head: Maps [n, H] to [n, V], row by row.
         targets: [N] int64.
-        shaping: [N] what the sampler did to the logits; None: nothing.  Targets are among the tokens it could draw.
-        want_entropy_grad: Whether the entropies carry gradients too.
+        transform: From the output of the head to logits.
+        shaping: [N], the sampler's changes to the logits; None for none.  Targets are among the
+            tokens that it could draw.
+        want_entropy_grad: The entropies carry gradients too.
 
     Returns:
         logps, entropy: [N] nats, in float32, or in float64 for float64 logits.
     """
-    if head.linear is not None:
-        weight, bias, dtype = (
-            head.linear.weight,
-            head.linear.bias,
-            computing_dtype(hidden, head.linear),
-        )
-        trained = any(p is not None and p.requires_grad for p in (weight, bias))
-        how = (
-            _LinearLogProbs
-            if trained or want_entropy_grad or not torch.is_grad_enabled()
-            else _FrozenLogProbs
-        )
-        logps, entropy = how.apply(hidden, weight, bias, targets, dtype, transform, shaping)
+    if head.linear is None:
+        logps, entropy = _logps_of_module(hidden, head, targets, transform, shaping)
     else:
-        rows = tile_rows(head.vocabulary, 4, hidden.device)
-        parts = [
+        weight, bias = head.linear.weight, head.linear.bias
+        dtype = computing_dtype(hidden, head.linear)
+        trained = any(p is not None and p.requires_grad for p in (weight, bias))
+        again = trained or want_entropy_grad or not torch.is_grad_enabled()
+        function = _LinearLogProbs if again else _FrozenLogProbs
+        logps, entropy = function.apply(hidden, weight, bias, targets, dtype, transform, shaping)
+    return logps, entropy if want_entropy_grad else entropy.detach()
+
+
+def _logps_of_module(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    transform: Transform,
+    shaping: Shaping | None,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies under a head that is more than a matrix product."""
+    found = []
+    num_rows = tile_rows(head.vocabulary, 4, hidden.device)
+    for rows, shaped in tiles_of(len(hidden), num_rows, shaping):
+        found.append(
             checkpoint(
                 _module_logps,
                 head,
-                hidden[part],
-                targets[part],
+                hidden[rows],
+                targets[rows],
                 transform,
                 shaped,
                 use_reentrant=False,
             )
-            for part, shaped in pieces(len(hidden), rows, shaping)
-        ]
-        logps, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
-    return logps, entropy if want_entropy_grad else entropy.detach()
-
-
-def tile_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:
-    """Rows of logits in a tile."""
-    size = TILE_BYTES
-    if device.type == "cuda":
-        size = max(size, int(TILE_SHARE * torch.cuda.get_device_properties(device).total_memory))
-    return max(1, size // (vocabulary * itemsize))
-
-
-def pieces(
-    length: int, rows: int, shaping: Shaping | None
-) -> Iterator[tuple[slice, Shaping | None]]:
-    """`rows` of `length` rows at a time, with their shaping; at least one piece."""
-    for start in range(0, max(1, length), rows):
-        part = slice(start, start + rows)
-        yield part, None if shaping is None else shaping[part]
+        )
+    logps, entropies = zip(*found, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
 
 
 def _module_logps(
@@ -103,12 +102,42 @@ def _module_logps(
     return logps, -(every.exp() * every).sum(-1)
 
 
+def tile_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Return the number of rows of logits in a tile."""
+    size = TILE_BYTES
+    if device.type == "cuda":
+        size = max(size, int(TILE_SHARE * torch.cuda.get_device_properties(device).total_memory))
+    return max(1, size // (vocabulary * itemsize))
+
+
+def tiles_of(
+    length: int, num_rows: int, shaping: Shaping | None
+) -> Iterator[tuple[slice, Shaping | None]]:
+    """Yield the rows of each tile with their shaping; at least one tile.
+
+    Example:
+        length 7, num_rows 3 -> 0:3, 3:6, 6:9 (of 7 rows, the last slice holds one)
+    """
+    for start in range(0, max(1, length), num_rows):
+        rows = slice(start, start + num_rows)
+        yield rows, None if shaping is None else shaping[rows]
+
+
 class ChunkedHead:
-    """Scores of tiles of rows under a linear head and, right after, the gradients of the tile that was scored last."""
+    """A linear head that evaluates a tile of rows at a time.
+
+    All tiles share one buffer for their logits: evaluating the next tile overwrites it.
+
+    Args:
+        weight: [V, H].
+        bias: [V], or None.
+        dtype: Of the product.
+        transform: From its output to logits.
+    """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transform: Transform
-    ):
+    ) -> None:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.narrow = dtype != self.wide
         self.weight = weight.to(dtype)  # [V, H]
@@ -117,33 +146,47 @@ class ChunkedHead:
         self.rows = tile_rows(len(weight), dtype.itemsize, weight.device)
         self._buffer = self.weight.new_empty((0, len(weight)))
 
-    def logps_and_entropy(
-        self, hidden: Tensor, targets: Tensor, shaping: Shaping | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs of the targets and entropies, [r], of r hidden states [r, H]."""
-        self.hidden, self.targets, self.shaping = (
-            hidden.to(self.weight.dtype),
-            targets[:, None],
-            shaping,
-        )
+    def evaluate(self, hidden: Tensor, targets: Tensor, shaping: Shaping | None = None) -> "Tile":
+        """Return the log-probs and entropies of r hidden states [r, H] with targets [r]."""
         if len(self._buffer) < len(hidden):
             self._buffer = self.weight.new_empty((len(hidden), len(self.weight)))
-        self.outputs = product_into(self._buffer[: len(hidden)], self.hidden, self.weight)
-        self.normalizer = self.weight.new_empty((len(hidden), 1), dtype=self.wide)
-        self.entropy, logps = torch.empty_like(self.normalizer), torch.empty_like(self.normalizer)
-        for rows in self._runs():
-            logits = self._logits(rows)
-            if shaping is not None:
-                shaping[rows].apply_(logits)
-            target = logits.gather(-1, self.targets[rows])
-            peak = logits.amax(-1, keepdim=True)
-            shares = logits.sub_(peak).exp()
-            total = shares.sum(-1, keepdim=True)
-            log_total = total.log()
-            self.normalizer[rows] = peak + log_total
-            self.entropy[rows] = log_total - shares.mul_(logits).sum(-1, keepdim=True) / total
-            logps[rows] = target - self.normalizer[rows]
-        return logps.squeeze(-1), self.entropy.squeeze(-1)
+        hidden = hidden.to(self.weight.dtype)
+        outputs = product_into(self._buffer[: len(hidden)], hidden, self.weight)
+        return Tile(self, hidden, outputs, targets, shaping)
+
+
+class Tile:
+    """Log-probs and entropies of the rows of a tile; once asked, the gradients through them.
+
+    Args:
+        head: The head that evaluated it.
+        hidden: [r, H], in the dtype of the product.
+        outputs: [r, V] of the head; `gradients` uses them up.
+        targets: [r] int64.
+        shaping: [r], the sampler's changes to the logits.
+    """
+
+    def __init__(
+        self,
+        head: ChunkedHead,
+        hidden: Tensor,
+        outputs: Tensor,
+        targets: Tensor,
+        shaping: Shaping | None,
+    ) -> None:
+        self.head = head
+        self.hidden = hidden
+        self.outputs = outputs
+        self.targets = targets[:, None]
+        self.shaping = shaping
+
+        self._normalizer = hidden.new_empty((len(hidden), 1), dtype=head.wide)
+        self._entropy = torch.empty_like(self._normalizer)
+        logps = torch.empty_like(self._normalizer)
+        for rows in self._cached_rows():
+            self._normalizer[rows], self._entropy[rows], logps[rows] = self._evaluate(rows)
+        self.logps = logps.squeeze(-1)  # [r]
+        self.entropy = self._entropy.squeeze(-1)  # [r]
 
     def gradients(
         self,
@@ -152,22 +195,26 @@ class ChunkedHead:
         into_weight: Tensor | None,
         into_bias: Tensor | None,
     ) -> Tensor:
-        """Carry gradients on from log-probs and entropies ([r]) of the last tile, whose logits are used up.
+        """Carry gradients on from log-probs and entropies ([r]).  May be called once.
 
         Args:
-            into_weight, into_bias: [V, H] and [V] in the wide dtype, to which theirs are added; None: frozen.
+            into_logps: [r].
+            into_entropy: [r]; None for zeros.
+            into_weight: [V, H] in the wide dtype, to which the head's is added; None if frozen.
+            into_bias: [V], likewise.
 
         Returns:
             [r, H] with respect to the hidden states, in the wide dtype.
         """
-        if self.narrow:
+        if self.head.narrow:
             return self._narrow_gradients(into_logps, into_entropy, into_weight, into_bias)
+
         self._outputs_to_gradient(into_logps, into_entropy)
         if into_bias is not None:
             into_bias.add_(self.outputs.sum(0))
         if into_weight is not None:
             add_product(into_weight, self.outputs, self.hidden)
-        return product(self.outputs, self.weight)
+        return product(self.outputs, self.head.weight)
 
     def _narrow_gradients(
         self,
@@ -176,36 +223,58 @@ class ChunkedHead:
         into_weight: Tensor | None,
         into_bias: Tensor | None,
     ) -> Tensor:
-        """As `gradients`; 16-bit floats lose what is small, so every row goes through them at a size of about 1.
+        """Do as `gradients` for 16-bit weights.
 
-        What is left to lose are gradients that go back to the caller in 16 bits: for those there are loss scalers.
+        Each row is normalised before the 16-bit products, which would lose small numbers, and
+        rescaled after them.  Gradients returned in 16 bits may still underflow; loss scaling is for
+        those.
         """
-        scale = (
-            into_logps.abs() + LEAST
-            if into_entropy is None
-            else into_logps.abs() + into_entropy.abs() + LEAST
-        )
-        into_entropy = None if into_entropy is None else into_entropy / scale
+        scale = into_logps.abs() + LEAST
+        if into_entropy is not None:
+            scale = into_logps.abs() + into_entropy.abs() + LEAST
+            into_entropy = into_entropy / scale
         self._outputs_to_gradient(into_logps / scale, into_entropy)
-        size = (
-            scale.norm()
-        )  # between what would let the sum of all rows overflow and what would let one vanish
+
+        # Of all sizes between which the sum of all rows overflows and one row vanishes.
+        size = scale.norm()
         hidden = (self.hidden * (scale / size)[:, None]).to(self.hidden.dtype)
+        wide, weight = self.head.wide, self.head.weight
+
         trained = into_weight is not None or into_bias is not None
-        for start in range(0, len(self.weight) if trained else 0, SOME_VOCABULARY):
+        for start in range(0, len(weight) if trained else 0, SOME_VOCABULARY):
             columns = slice(start, start + SOME_VOCABULARY)
             if into_bias is not None:
-                into_bias[columns] += scale @ self.outputs[:, columns].to(self.wide)
+                into_bias[columns] += scale @ self.outputs[:, columns].to(wide)
             if into_weight is not None:
-                into_weight[columns] += (self.outputs[:, columns].T @ hidden).to(self.wide) * size
-        return (self.outputs @ self.weight).to(self.wide) * scale[:, None]
+                into_weight[columns] += (self.outputs[:, columns].T @ hidden).to(wide) * size
+        return (self.outputs @ weight).to(wide) * scale[:, None]
+
+    def _evaluate(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-normalizer, entropy and log-prob of the target, [n, 1] each."""
+        logits = self._logits(rows)
+        if self.shaping is not None:
+            self.shaping[rows].apply_(logits)
+        target = logits.gather(-1, self.targets[rows])
+
+        # With z = logit - peak:  log sum e^z and  entropy = log sum e^z - (sum e^z z) / (sum e^z)
+        peak = logits.amax(-1, keepdim=True)
+        shares = logits.sub_(peak).exp()
+        total = shares.sum(-1, keepdim=True)
+        log_total = total.log()
+        entropy = log_total - shares.mul_(logits).sum(-1, keepdim=True) / total
+        normalizer = peak + log_total
+        return normalizer, entropy, target - normalizer
 
     def _outputs_to_gradient(self, into_logps: Tensor, into_entropy: Tensor | None) -> None:
-        """Turn the outputs of the head into the gradients with respect to them.
+        """Turn the outputs of the head into the gradients with respect to them, in place.
 
-        d logp / d logit_j = [j is the target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
+            d logp / d logit_j    = [j is the target] - p_j
+            d entropy / d logit_j = -p_j (log p_j + entropy)
+
+        Example:
+            p = [0.5, 0.5], target 0, into_logps 2, no entropy, no scale: gradient [1, -1]
         """
-        for rows in self._runs():
+        for rows in self._cached_rows():
             log_p = self._logits(rows)
             slope = self._slope(log_p)
             if self.shaping is not None:
@@ -213,109 +282,132 @@ class ChunkedHead:
                 penalty = shaping.slope(log_p)
                 slope = slope if penalty is None else penalty.mul_(slope)
                 shaping.apply_(log_p)
-            log_p -= self.normalizer[rows]
+
+            log_p -= self._normalizer[rows]
             gradient = log_p.exp()
             if into_entropy is None:
                 gradient *= -into_logps[rows, None]
             else:
-                weight = into_entropy[rows, None]
-                gradient *= (
-                    log_p.add_(self.entropy[rows]).mul_(weight).add_(into_logps[rows, None]).neg_()
-                )
+                weighed = log_p.add_(self._entropy[rows]).mul_(into_entropy[rows, None])
+                gradient *= weighed.add_(into_logps[rows, None]).neg_()
             gradient.scatter_add_(-1, self.targets[rows], into_logps[rows, None])
-            self.outputs[rows] = (
-                gradient.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else gradient
-            )
+
+            if isinstance(slope, Tensor) or slope != 1.0:
+                gradient.mul_(slope)
+            self.outputs[rows] = gradient
 
     def _logits(self, rows: slice) -> Tensor:
-        """Scaled by the temperature, from the outputs of the head; a copy."""
+        """Return a copy of the logits, scaled by the temperature, [n, V] in the wide dtype."""
+        head, transform = self.head, self.head.transform
         outputs = self.outputs[rows]
-        outputs = outputs.to(self.wide, copy=True) if self.bias is None else outputs + self.bias
-        scale = self.transform.slope / self.transform.temperature
-        if math.isinf(self.transform.cap):
+        outputs = outputs.to(head.wide, copy=True) if head.bias is None else outputs + head.bias
+
+        scale = transform.slope / transform.temperature
+        if math.isinf(transform.cap):
             return outputs.mul_(scale) if scale != 1.0 else outputs
-        outputs.mul_(self.transform.slope / self.transform.cap).tanh_()
-        return outputs.mul_(self.transform.cap / self.transform.temperature)
+        outputs.mul_(transform.slope / transform.cap).tanh_()
+        return outputs.mul_(transform.cap / transform.temperature)
 
     def _slope(self, logits: Tensor) -> Tensor | float:
-        """d logit / d output."""
-        scale = self.transform.slope / self.transform.temperature
-        if math.isinf(self.transform.cap):
+        """Return d logit / d output: a number, or [n, V] with a soft cap."""
+        transform = self.head.transform
+        scale = transform.slope / transform.temperature
+        if math.isinf(transform.cap):
             return scale
-        tanh = logits * (self.transform.temperature / self.transform.cap)
+        tanh = logits * (transform.temperature / transform.cap)
         return tanh.square_().neg_().add_(1.0).mul_(scale)
 
-    def _runs(self) -> list[slice]:
-        """Rows of the tile to treat at once."""
-        size = 4 * 2**20 if self.weight.device.type == "cpu" else 64 * 2**20
-        step = max(1, size // (len(self.weight) * self.wide.itemsize))
+    def _cached_rows(self) -> list[slice]:
+        """Return the rows of the tile in groups that the cache can hold."""
+        size = CACHE_BYTES.get(self.outputs.device.type, OTHER_CACHE_BYTES)
+        step = max(1, size // (len(self.head.weight) * self.head.wide.itemsize))
         return [slice(start, start + step) for start in range(0, len(self.hidden), step)]
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """Forward: tiles of logits, thrown away.  Backward: the same tiles again, turned into their gradients in place."""
+    """Forward: tiles of logits, thrown away.  Backward: the same tiles again, and their gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype, transform, shaping):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        transform: Transform,
+        shaping: Shaping | None,
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.shaping = (dtype, transform), shaping
         ctx.save_for_backward(hidden, weight, bias, targets)
+
+        logps, entropies = [], []
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = ChunkedHead(weight, bias, dtype, transform)
-            parts = pieces(len(hidden), tiles.rows, shaping)
-            found = [
-                tiles.logps_and_entropy(hidden[rows], targets[rows], shaped)
-                for rows, shaped in parts
-            ]
-        logps, entropies = zip(*found, strict=True)
+            head = ChunkedHead(weight, bias, dtype, transform)
+            for rows, shaped in tiles_of(len(hidden), head.rows, shaping):
+                tile = head.evaluate(hidden[rows], targets[rows], shaped)
+                logps.append(tile.logps)
+                entropies.append(tile.entropy)
         return torch.cat(logps), torch.cat(entropies)
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
+        into_logps, into_entropy = grad_outputs
+
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = ChunkedHead(weight, bias, *ctx.options)
-            into_weight = (
-                torch.zeros_like(weight, dtype=tiles.wide) if ctx.needs_input_grad[1] else None
-            )
-            into_bias = (
-                torch.zeros_like(bias, dtype=tiles.wide) if ctx.needs_input_grad[2] else None
-            )
+            head = ChunkedHead(weight, bias, *ctx.options)
+            into_weight = into_bias = None
+            if ctx.needs_input_grad[1]:
+                into_weight = torch.zeros_like(weight, dtype=head.wide)
+            if ctx.needs_input_grad[2]:
+                into_bias = torch.zeros_like(bias, dtype=head.wide)
+
             into_hidden = torch.empty_like(hidden)
-            for rows, shaped in pieces(len(hidden), tiles.rows, ctx.shaping):
-                tiles.logps_and_entropy(hidden[rows], targets[rows], shaped)
-                into_logps, into_entropy = (
-                    None if grad is None else grad[rows] for grad in grad_outputs
+            for rows, shaped in tiles_of(len(hidden), head.rows, ctx.shaping):
+                tile = head.evaluate(hidden[rows], targets[rows], shaped)
+                into_hidden[rows] = tile.gradients(
+                    torch.zeros_like(tile.logps) if into_logps is None else into_logps[rows],
+                    None if into_entropy is None else into_entropy[rows],
+                    into_weight,
+                    into_bias,
                 )
-                if into_logps is None:
-                    into_logps = torch.zeros_like(tiles.entropy).squeeze(-1)
-                into_hidden[rows] = tiles.gradients(
-                    into_logps, into_entropy, into_weight, into_bias
-                )
+
         into_weight = None if into_weight is None else into_weight.to(weight.dtype)
         into_bias = None if into_bias is None else into_bias.to(bias.dtype)
         return into_hidden, into_weight, into_bias, None, None, None, None
 
 
 class _FrozenLogProbs(torch.autograd.Function):
-    """Forward: for each row, the direction in which its log-prob grows.  Backward: that times its gradient."""
+    """Forward: each row's direction in which its log-prob grows.  Backward: scaled by its gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, dtype, transform, shaping):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        transform: Transform,
+        shaping: Shaping | None,
+    ) -> tuple[Tensor, Tensor]:
         logps, entropies, directions = [], [], []
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = ChunkedHead(weight, bias, dtype, transform)
-            for rows, shaped in pieces(len(hidden), tiles.rows, shaping):
-                logp, entropy = tiles.logps_and_entropy(hidden[rows], targets[rows], shaped)
-                directions.append(tiles.gradients(torch.ones_like(logp), None, None, None))
-                logps.append(logp)
-                entropies.append(entropy)
+            head = ChunkedHead(weight, bias, dtype, transform)
+            for rows, shaped in tiles_of(len(hidden), head.rows, shaping):
+                tile = head.evaluate(hidden[rows], targets[rows], shaped)
+                directions.append(tile.gradients(torch.ones_like(tile.logps), None, None, None))
+                logps.append(tile.logps)
+                entropies.append(tile.entropy)
+
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         ctx.directions, ctx.dtype = torch.cat(directions), hidden.dtype
         return torch.cat(logps), entropy
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         into_hidden = ctx.directions * grad_outputs[0][:, None]
         return into_hidden.to(ctx.dtype), None, None, None, None, None, None

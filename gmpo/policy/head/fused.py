@@ -77,18 +77,22 @@ class _FusedLoss(torch.autograd.Function):
                 tile = slice(start, start + size)
                 start += size
 
-                logps, entropy = head.logps_and_entropy(
+                found = head.evaluate(
                     hidden[tile], targets[tile], None if shaping is None else shaping[tile]
                 )
-                share, into_logps, into_entropy = _loss_and_gradients(loss, rows, logps, entropy)
+                share, into_logps, into_entropy = _loss_and_gradients(
+                    loss, rows, found.logps, found.entropy
+                )
                 total += share
 
                 # A tile without a gradient leaves its hidden states at 0.
                 if into_logps is None and into_entropy is None:
                     continue
                 if into_logps is None:
-                    into_logps = torch.zeros_like(logps)
-                into_hidden[tile] = head.gradients(into_logps, into_entropy, into_weight, into_bias)
+                    into_logps = torch.zeros_like(found.logps)
+                into_hidden[tile] = found.gradients(
+                    into_logps, into_entropy, into_weight, into_bias
+                )
 
         ctx.gradients = (into_hidden, into_weight, into_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)

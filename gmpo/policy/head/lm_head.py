@@ -1,14 +1,14 @@
-"""The vocabulary head of a model: where it is, what follows it, and how to put something else in its place.
+"""The vocabulary head of a model: finding it, replacing it, and the transform that follows it.
 
-What a model does to its logits after the head (a scale, a soft cap) is found by sending known numbers through the
-model, whatever its configuration calls it.
+The transform of a model's logits after the head (a scale, a soft cap) is found by sending known
+numbers through the model, whatever its configuration calls it.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,13 @@ from gmpo.unwrap import unwrap, without_ddp
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """What happens to the output of a head until it is a logit of the sampled distribution.
+    """The way from the output of a head to a logit of the sampled distribution.
 
-    logit = cap * tanh(slope * output / cap) / temperature; without a cap: slope * output / temperature
+        logit = cap * tanh(slope * output / cap) / temperature
+                slope * output / temperature                      without a cap
+
+    Example:
+        slope 2, no cap, temperature 0.5: output 3 -> logit 12
     """
 
     slope: float = 1.0
@@ -30,6 +34,7 @@ class Transform:
     temperature: float = 1.0
 
     def __call__(self, output: Tensor) -> Tensor:
+        """Return the logits, in the shape of `output`."""
         if math.isinf(self.cap):
             return output * (self.slope / self.temperature)
         return torch.tanh(output * (self.slope / self.cap)) * (self.cap / self.temperature)
@@ -42,6 +47,7 @@ class Float32Head(nn.Linear):
     """A linear head that computes in float32, whatever its weights, its input and autocast are."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return [..., V] float32 logits of [..., H]."""
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias)
@@ -52,7 +58,10 @@ LINEAR = (nn.Linear, OneDnnLinear, Float32Head)  # matrix products and nothing e
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block `model` runs without dropout and gradients; its mode and random numbers are put back after."""
+    """Run `model` without dropout and gradients within the block.
+
+    Its modules' modes and the random numbers are restored after it.
+    """
     training = [module for module in model.modules() if module.training]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -65,13 +74,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits.
+    """Return the module that turns hidden states into logits.
 
     Raises:
         ValueError: If the model has none.
     """
-    causal = unwrap(model)
-    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None  # pyright: ignore
+    causal: Any = unwrap(model)
+    head = None
+    if hasattr(causal, "get_output_embeddings"):
+        head = causal.get_output_embeddings()
     if head is None:
         raise ValueError(
             f"{type(causal).__name__} has no output embeddings (get_output_embeddings() is None). "
@@ -86,18 +97,27 @@ def cast_head_to_float32(model: nn.Module) -> None:
     linear = getattr(head, "base_layer", head)
     if type(linear) not in LINEAR:
         raise ValueError(
-            f"cast_lm_head_to_fp32=True needs a linear head, and {type(unwrap(model)).__name__} has a "
-            f"{type(linear).__name__}. Leave the option out."
+            f"cast_lm_head_to_fp32=True needs a linear head, and {type(unwrap(model)).__name__} has "
+            f"a {type(linear).__name__}. Leave the option out."
         )
-    embedding = unwrap(model).get_input_embeddings()  # pyright: ignore
-    if getattr(embedding, "weight", None) is not linear.weight:
+
+    # A tied head shares its weights with the input embedding, which keeps its dtype.
+    causal: Any = unwrap(model)
+    if getattr(causal.get_input_embeddings(), "weight", None) is not linear.weight:
         linear.float()
+
+    # Warning: this swaps the class of the user's module.  It keeps its parameters, hooks and name,
+    # so that checkpoints, optimizers and adapters see no difference.
     linear.__class__ = Float32Head
 
 
 @contextmanager
 def replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, calling `head` runs its hooks (which gather sharded weights) around `forward`."""
+    """Let calls of `head` run `forward` within the block.
+
+    Its hooks, which gather sharded weights, run around it.
+    """
+    # Warning: this patches the module's forward; code that calls the head meets it too.
     before = vars(head).get("forward")
     head.forward = forward
     try:
@@ -110,20 +130,24 @@ def replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[N
 
 
 def find_transform(model: nn.Module, device: torch.device, temperature: float) -> Transform:
-    """Scale and soft cap that `model` applies to the output of its head, measured with one token.
+    """Return the scale and soft cap that `model` applies to its head's output.
+
+    They are measured with one token.
 
     Raises:
         ValueError: If the model does something else to its logits, or does not call its head.
     """
     name = type(unwrap(model)).__name__
     head = Head(find_head(model))
+
+    # Numbers of every size: near 0 they show the slope, the largest shows the cap.
     wide = torch.float32 if device.type == "mps" else torch.float64
     probe = torch.tensor(
         [0.0, 2**-30, -0.1, 0.5, -1.0, 3.0, -10.0, 30.0, -100.0, 1e3, 1e6],
         dtype=wide,
         device=device,
     )
-    given = []
+    given: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
         given.append(probe[None, :, None].repeat(1, 1, head.vocabulary))
@@ -134,8 +158,11 @@ def find_transform(model: nn.Module, device: torch.device, temperature: float) -
         answer = without_ddp(model)(input_ids=token, use_cache=False).logits
     if not given:
         raise ValueError(
-            f"{name} does not call its output embeddings to make logits: it can't be scored."
+            f"{name} does not call its output embeddings to make logits, so its log-probs can't be "
+            "computed."
         )
+
+    # All columns got the same numbers, so a transform by element leaves them the same.
     if answer.shape == given[0].shape and torch.equal(answer, answer[..., :1].expand_as(answer)):
         answer = answer[0, :, 0].to(wide)
         slope, last = (answer[1] / probe[1]).item(), answer[-1].item()
@@ -143,32 +170,32 @@ def find_transform(model: nn.Module, device: torch.device, temperature: float) -
         if torch.allclose(Transform(slope, cap)(probe), answer, rtol=1e-5, atol=1e-9):
             return Transform(slope, cap, temperature)
     raise ValueError(
-        f"{name} does something to its logits that is neither a scale nor a soft cap. Its log-probs can't be computed "
-        "in tiles."
+        f"{name} does something to its logits that is neither a scale nor a soft cap. "
+        "Its log-probs can't be computed in tiles."
     )
 
 
 class Head:
-    """A head as it is now: `forward` is its own even while another one is put in its place."""
+    """A head as it is now: `forward` stays its own while another one is put in its place."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module) -> None:
         self.module, self.forward = module, module.forward
-        # a matrix product and nothing else: no adapter, no quantization, no forward that someone put there
+        # A matrix product and nothing else: no adapter, no quantization, no patched forward.
         plain = type(module) in LINEAR and "forward" not in vars(module)
         self.linear = cast(nn.Linear, module) if plain else None
 
     @property
     def vocabulary(self) -> int:
-        widths = [
-            cast(int, inner.out_features)
-            for inner in self.module.modules()
-            if hasattr(inner, "out_features")
-        ]
+        """Width of the logits."""
+        widths: list[int] = []
+        for inner in self.module.modules():
+            if hasattr(inner, "out_features"):
+                widths.append(cast(int, inner.out_features))
         return max(widths or [len(parameter) for parameter in self.module.parameters()])
 
 
 def computing_dtype(hidden: Tensor, head: nn.Linear) -> torch.dtype:
-    """In which the head's product is computed: as the module would, under autocast too."""
+    """Return the dtype of the head's product: the module's own, under autocast too."""
     if isinstance(head, Float32Head):
         return torch.float32
     if torch.is_autocast_enabled(hidden.device.type):
@@ -177,7 +204,7 @@ def computing_dtype(hidden: Tensor, head: nn.Linear) -> torch.dtype:
 
 
 def working_dtype(hidden: Tensor) -> torch.dtype:
-    """In which products with `hidden` are computed, here and now."""
+    """Return the dtype in which products with `hidden` are computed, here and now."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

@@ -1,7 +1,8 @@
 """Float32 products on a CPU through oneDNN, where it is faster than the BLAS that torch calls.
 
-torch calls MKL, which keeps AVX-512 to Intel's processors.  oneDNN, which torch has too and uses for bfloat16, is twice
-as fast on others: for the sizes of a training step and for the few rows of a decoding step.  Both round in float32.
+torch calls MKL, which keeps AVX-512 to Intel's processors.  oneDNN, which torch has too and uses
+for bfloat16, is twice as fast on others: for the sizes of a training step and for the few rows of a
+decoding step.  Both round in float32.
 """
 
 import functools
@@ -18,13 +19,13 @@ BLOCK_BYTES = 2 * 2**20  # of an intermediate result
 
 
 class OneDnnLinear(nn.Linear):
-    """A linear layer that computes through oneDNN where it can, else as ever."""
+    """A linear layer that computes through oneDNN where it can, else as `nn.Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = type(self.weight) in (Tensor, nn.Parameter) and not torch.is_autocast_enabled(
-            input.device.type
-        )
-        if not (plain and serves(input, self.weight)) or torch.compiler.is_compiling():
+        """Return [..., out_features] of [..., in_features]."""
+        plain = type(self.weight) in (Tensor, nn.Parameter)
+        usual = torch.is_autocast_enabled(input.device.type) or torch.compiler.is_compiling()
+        if usual or not plain or not serves(input, self.weight):
             return F.linear(input, self.weight, self.bias)
         if torch.is_grad_enabled():
             return _Linear.apply(input, self.weight, self.bias)
@@ -32,16 +33,22 @@ class OneDnnLinear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let the linear layers of `model` compute through oneDNN where it is faster; nothing else about them changes."""
-    if is_faster():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDnnLinear
+    """Let the linear layers of `model` compute through oneDNN where it is faster."""
+    if not is_faster():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            # Warning: this swaps the class of the user's modules.  Parameters, hooks and names stay,
+            # so that checkpoints, optimizers and adapters see no difference.
+            module.__class__ = OneDnnLinear
 
 
 @functools.cache
 def is_faster() -> bool:
-    """Whether oneDNN is the faster one on this machine.  By its kind and not by a measurement: runs must repeat."""
+    """Return whether oneDNN is the faster one on this machine.
+
+    It is told by the kind of processor and not by a measurement, so that runs repeat.
+    """
     try:
         foreign = "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -51,23 +58,29 @@ def is_faster() -> bool:
 
 
 def serves(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN takes the product of these two."""
-    alike = (
-        left.dtype == right.dtype == torch.float32
-        and left.device.type == right.device.type == "cpu"
-    )
+    """Return whether oneDNN takes the product of these two."""
+    wide = left.dtype == right.dtype == torch.float32
+    on_cpu = left.device.type == right.device.type == "cpu"
     dense = right.is_contiguous() or right.t().is_contiguous()
     worthwhile = right.numel() >= SMALLEST and left.numel() > 0
-    return alike and dense and worthwhile and bool(torch.backends.mkldnn.enabled)
+    return wide and on_cpu and dense and worthwhile and bool(torch.backends.mkldnn.enabled)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, [n, m], of [n, k] and [k, m]; either may be the transposed view of a contiguous matrix."""
-    return _linear(left, right.t(), None) if is_faster() and serves(left, right) else left @ right
+    """Return left @ right, [n, m], of [n, k] and [k, m].
+
+    Either may be the transposed view of a contiguous matrix.
+    """
+    if is_faster() and serves(left, right):
+        return _linear(left, right.t(), None)
+    return left @ right
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T, [n, m], of [n, k] and [m, k], into the contiguous matrix `out`, which is given back."""
+    """Compute left @ right.T, [n, m], of [n, k] and [m, k], into `out`, and return it.
+
+    `out` must be contiguous.
+    """
     if not (is_faster() and serves(left, right)):
         return torch.mm(left, right.T, out=out)
     for columns in _blocks(len(right), len(left)):
@@ -85,17 +98,27 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _blocks(length: int, width: int) -> list[slice]:
-    """`length` in pieces, so that a matrix of a piece and `width` stays in the cache."""
+    """Cut `length` so that a matrix of a block and `width` stays in the cache.
+
+    Example:
+        length 300, width 4096: 2 MiB hold 128 float32 rows -> 0:128, 128:256, 256:384
+    """
     step = max(64, BLOCK_BYTES // (4 * width) // 64 * 64)
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The weight must be contiguous, or the transposed view of something that is: others are a hundred times slower."""
+    """Return input @ weight.T + bias.
+
+    The weight must be contiguous, or the transposed view of a contiguous matrix: other strides are a
+    hundred times slower.
+    """
     return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
+    """`_linear` with its gradients, through oneDNN too."""
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
@@ -103,9 +126,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         grad = grad_outputs[0].flatten(0, -2)
+
         into_input = into_weight = into_bias = None
         if ctx.needs_input_grad[0]:
             into_input = _linear(grad, weight.t(), None).view(input.shape)

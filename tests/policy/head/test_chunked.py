@@ -243,8 +243,8 @@ def test_sixteen_bit_heads_keep_gradients_that_are_too_small_for_sixteen_bits(
 
 
 def test_a_16_bit_tile_of_rows_without_gradient_adds_nothing():
-    tile = ChunkedHead(torch.randn(16, 8).bfloat16(), None, torch.bfloat16, Transform())
-    tile.logps_and_entropy(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))
+    head = ChunkedHead(torch.randn(16, 8).bfloat16(), None, torch.bfloat16, Transform())
+    tile = head.evaluate(torch.randn(4, 8), torch.zeros(4, dtype=torch.int64))
     into_weight = torch.zeros(16, 8)
     into_hidden = tile.gradients(torch.zeros(4), None, into_weight, None)
     assert not into_weight.any() and not into_hidden.any()  # NaN is something
