@@ -43,7 +43,7 @@ class Collection:
         """Return the figures of this rank's rows, with those of the rewards over all ranks."""
         statistics = rollout_statistics(self.rollouts)
         statistics.update(reward_statistics(source_names, self.all_rewards, self.advantages))
-        statistics.update(Statistics(means=self.scored.metrics))
+        statistics.update(Statistics(means={**self.scored.metrics}))
         return statistics
 
     def records(self, source_names: Sequence[str]) -> CompletionRecords:

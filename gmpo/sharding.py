@@ -6,16 +6,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# Names of torch's wrappers in the module tree
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+
+HOLDER = "gmpo"  # stands where DeepSpeed puts the number of a module that is being run
+
 
 def sharded(model: nn.Module) -> bool:
-    """Whether forward passes of `model` meet those of other ranks, so that every rank must make as many."""
+    """Return whether forward passes of `model` meet those of other ranks.
+
+    Then every rank must make as many.
+    """
     return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A parameter without its sharding, on every rank.  Every rank must call."""
+    """Return a parameter without its sharding, on every rank.  Every rank must call."""
     if hasattr(tensor, "full_tensor"):
-        return tensor.full_tensor().detach()  # pyright: ignore
+        return tensor.full_tensor().detach()  # pyright: ignore[reportAttributeAccessIssue] (a DTensor)
     if hasattr(tensor, "ds_id"):
         with full_parameters([tensor]):
             return tensor.detach().clone()
@@ -24,26 +32,32 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def full_parameters(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within the block, parameters that ZeRO-3 has sharded are whole on every rank.  Others are left as they are."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
+    """Make parameters that ZeRO-3 has sharded whole within the block, on every rank.
+
+    Others are left as they are.
+    """
+    in_shards = [p for p in parameters if hasattr(p, "ds_id")]
+    if not in_shards:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded):
+    with deepspeed.zero.GatheredParameters(in_shards):
         yield
 
 
 @contextmanager
 def full_model(model: nn.Module, *, inner: bool = True) -> Iterator[None]:
-    """Within the block, forward passes of `model`, or of a part of it, meet no other rank.  Every rank must enter.
+    """Let forward passes of `model`, or of a part of it, meet no other rank within the block.
 
-    ZeRO-3 and FSDP2 shard parameters again after each forward pass; here they stay whole until the end.
+    Every rank must enter.  ZeRO-3 and FSDP2 shard parameters again after each forward pass; here
+    they stay whole until the end.
 
     Args:
-        inner: False leaves the layers sharded.  Their passes still meet other ranks, but a part of the model may be
-            called instead of the whole, to whose forward pass FSDP2 binds the parameters that no layer holds.
+        model: Any, sharded or not.
+        inner: False leaves the layers sharded.  Their passes still meet other ranks, but a part of
+            the model may be called instead of the whole, to whose forward pass FSDP2 binds the
+            parameters that no layer holds.
     """
     with ExitStack() as stack:
         if inner:
@@ -54,16 +68,18 @@ def full_model(model: nn.Module, *, inner: bool = True) -> Iterator[None]:
 
 
 def resharded(model: nn.Module) -> nn.Module:
-    """`model`, in which FSDP2 has no parameters left that a forward pass made whole, and nothing wrote to since."""
-    for module in model.modules():
-        if hasattr(module, "_get_fsdp_state"):
-            module.reshard()  # pyright: ignore
+    """Return `model` after FSDP2 has dropped parameters that a forward pass made whole.
+
+    Nothing may have written to them since.
+    """
+    for module in _fsdp2_wrapped(model):
+        module.reshard()
     return model
 
 
 @contextmanager
 def _held_whole(parameters: list[Any]) -> Iterator[None]:
-    """ZeRO-3's parameters, whole, and held so: it keeps those that it thinks are in use."""
+    """Gather ZeRO-3 parameters and mark them in use, so that DeepSpeed does not release them."""
     with full_parameters(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(HOLDER)
@@ -74,20 +90,15 @@ def _held_whole(parameters: list[Any]) -> Iterator[None]:
                 parameter.ds_active_sub_modules.discard(HOLDER)
 
 
-WRAPPERS = (
-    "_checkpoint_wrapped_module",
-    "_orig_mod",
-)  # names of what torch wraps, in the module tree
-
-
-HOLDER = "gmpo"  # stands where DeepSpeed puts the number of a module that is being run
+def _fsdp2_wrapped(model: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 shards one by one, the root first."""
+    return [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
 
 
 def _fsdp2_modules(model: nn.Module) -> list[Any]:
-    """The modules that FSDP2 shards one by one, the root first; it must know its root before a part of it is called."""
-    modules: list[Any] = [
-        module for module in model.modules() if hasattr(module, "_get_fsdp_state")
-    ]
+    """Return the modules that FSDP2 shards one by one, ready for a part of them to be called."""
+    modules = _fsdp2_wrapped(model)
+    # FSDP2 must know its root before a part of it is called.
     if modules:
         modules[0]._get_fsdp_state()._lazy_init()
     return modules
@@ -95,21 +106,22 @@ def _fsdp2_modules(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _unsharded(module: Any) -> Iterator[None]:
-    """A module of FSDP2 whose parameters are whole, also after its forward pass."""
+    """Keep the parameters of a module of FSDP2 whole, also after its forward pass."""
     state = module._get_fsdp_state()
-    groups = (
-        state._fsdp_param_groups
-        if hasattr(state, "_fsdp_param_groups")
-        else [state._fsdp_param_group]
-    )
+    if hasattr(state, "_fsdp_param_groups"):
+        groups = state._fsdp_param_groups
+    else:
+        groups = [state._fsdp_param_group]
     groups = [group for group in groups if group is not None]
-    own = [group.post_forward_mesh_info for group in groups]
+
+    # Private state of FSDP2: without a mesh to shard over after the forward pass, it does not.
+    meshes = [group.post_forward_mesh_info for group in groups]
     module.unshard()
     try:
         for group in groups:
             group.post_forward_mesh_info = None
         yield
     finally:
-        for group, mesh in zip(groups, own, strict=True):
+        for group, mesh in zip(groups, meshes, strict=True):
             group.post_forward_mesh_info = mesh
         module.reshard()

@@ -1,4 +1,4 @@
-"""From a name, a path or a model to the policy: a causal language model with something to train."""
+"""From a name, a path or a model to the policy: a causal language model that can be trained."""
 
 import importlib.util
 import json
@@ -28,17 +28,20 @@ def load_policy(
     quantization_config: Any = None,
     peft_config: Any = None,
 ) -> nn.Module:
-    """The policy, ready to be trained: a `PreTrainedModel`, or a `PeftModel` around one.
+    """Return the policy, ready to be trained: a `PreTrainedModel`, or a `PeftModel` around one.
 
     Args:
-        model: A hub name, a directory (of a model or of an adapter), or a model, which is used as it is.
-        settings: `model_init_kwargs`, `trust_remote_code`, `disable_dropout`, `cast_lm_head_to_fp32`.
+        model: A hub name, a directory (of a model or of an adapter), or a model, which is used as
+            it is.
+        settings: `model_init_kwargs`, `trust_remote_code`, `disable_dropout`,
+            `cast_lm_head_to_fp32`.
         quantization_config: Loads a model given by name with these quantized weights.
         peft_config: Puts a new adapter on the model.
 
     Raises:
         TypeError: If `model` or `peft_config` is of another kind.
-        ValueError: If options contradict each other, a path does not exist, or nothing in the model can be trained.
+        ValueError: If options contradict each other, a path does not exist, or nothing in the model
+            can be trained.
     """
     if isinstance(model, str | os.PathLike):
         policy = _load_by_name(os.fspath(model), settings, quantization_config)
@@ -46,6 +49,7 @@ def load_policy(
         policy = _check_model(model, settings, quantization_config)
     if peft_config is not None:
         policy = _add_adapter(policy, peft_config)
+
     if settings.disable_dropout:
         disable_dropout(policy)
     if settings.cast_lm_head_to_fp32:
@@ -58,7 +62,10 @@ def load_policy(
 def load_tokenizer(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left; its padding token is the end-of-sequence token if it has none."""
+    """Return the tokenizer of a model, padding on the left.
+
+    A tokenizer without a padding token gets its end-of-sequence token for it.
+    """
     check_path(name)
     tokenizer = AutoTokenizer.from_pretrained(
         name, trust_remote_code=trust_remote_code, revision=revision or "main", padding_side="left"
@@ -73,13 +80,13 @@ def check_path(name: str) -> None:
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name
     if looks_local and not Path(name).expanduser().exists():
         raise ValueError(
-            f"model={name!r} looks like a path, but nothing is there (working directory: {os.getcwd()}). "
-            "Give an existing directory, or the name of a model on the hub."
+            f"model={name!r} looks like a path, but nothing is there "
+            f"(working directory: {os.getcwd()}). Give an existing directory, or the name of a model on the hub."
         )
 
 
 def init_keywords(settings: PolicySettings) -> dict[str, Any]:
-    """Keywords for from_pretrained out of the settings: `model_init_kwargs`, float32 unless they name a dtype."""
+    """Return the keywords for from_pretrained: `model_init_kwargs`, in float32 unless they name a dtype."""
     keywords = settings.model_init_kwargs or {}
     keywords = json.loads(keywords) if isinstance(keywords, str) else dict(keywords)
     dtype = keywords.pop("torch_dtype", None)
@@ -89,7 +96,7 @@ def init_keywords(settings: PolicySettings) -> dict[str, Any]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of `model` to 0: the modules, and the rates that attention layers keep as numbers."""
+    """Set every dropout of `model` to 0: the modules, and the rates that attention layers keep."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -107,7 +114,8 @@ def _checked_dtype(dtype: Any) -> torch.dtype | str:
     if isinstance(named, torch.dtype):
         return named
     raise ValueError(
-        f"model_init_kwargs['dtype']={dtype!r} is not a dtype. Use 'auto', or one like 'float32' or 'bfloat16'."
+        f"model_init_kwargs['dtype']={dtype!r} is not a dtype. "
+        "Use 'auto', or one like 'float32' or 'bfloat16'."
     )
 
 
@@ -117,7 +125,8 @@ def _load_by_name(name: str, settings: PolicySettings, quantization_config: Any)
     if quantization_config is not None:
         if "quantization_config" in keywords:
             raise ValueError(
-                "quantization_config is given twice: as an argument and in model_init_kwargs. Give it once."
+                "quantization_config is given twice: as an argument and in model_init_kwargs. "
+                "Give it once."
             )
         keywords["quantization_config"] = quantization_config
     if keywords.get("quantization_config") is not None:
@@ -141,29 +150,32 @@ def _load_adapter(description: Path, keywords: dict[str, Any]) -> nn.Module:
 def _check_quantization() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            "quantization_config needs bitsandbytes, which is not installed. Run `pip install gmpo[quantization]`, "
-            "or load the model without quantization."
+            "quantization_config needs bitsandbytes, which is not installed. "
+            "Run `pip install gmpo[quantization]`, or load the model without quantization."
         )
     if not torch.cuda.is_available():
         raise ValueError(
-            "quantization_config needs a CUDA device, and this machine has none. Load the model without quantization."
+            "quantization_config needs a CUDA device, and this machine has none. "
+            "Load the model without quantization."
         )
 
 
 def _check_model(model: Any, settings: PolicySettings, quantization_config: Any) -> nn.Module:
     if not (isinstance(model, PreTrainedModel) or is_adapted(model)):
         raise TypeError(
-            f"model is a {type(model).__name__}: give a name, a path, a PreTrainedModel or a PeftModel."
+            f"model is a {type(model).__name__}. "
+            "Give a name, a path, a PreTrainedModel or a PeftModel."
         )
     if settings.model_init_kwargs:
         raise ValueError(
-            f"model_init_kwargs={settings.model_init_kwargs!r} is for a model given by name, and model is a "
-            f"{type(model).__name__}. Pass these keywords where you load it, and leave model_init_kwargs out."
+            f"model_init_kwargs={settings.model_init_kwargs!r} is for a model given by name, and "
+            f"model is a {type(model).__name__}. Pass these keywords where you load it, and leave "
+            "model_init_kwargs out."
         )
     if quantization_config is not None:
         raise ValueError(
-            f"quantization_config is for a model given by name, and model is a {type(model).__name__}. "
-            "Pass it where you load the model."
+            f"quantization_config is for a model given by name, and model is a "
+            f"{type(model).__name__}. Pass it where you load the model."
         )
     return model
 
@@ -177,12 +189,14 @@ def _add_adapter(policy: nn.Module, peft_config: Any) -> nn.Module:
 
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
-            f"peft_config is a {type(peft_config).__name__}: give a PeftConfig, such as LoraConfig(...)."
+            f"peft_config is a {type(peft_config).__name__}. "
+            "Give a PeftConfig, such as LoraConfig(...)."
         )
     if is_adapted(policy):
         raise ValueError(
-            "peft_config asks for a new adapter, and model has one already. Give the model without its adapter "
-            "(or merged with it: model.merge_and_unload()), or leave peft_config out to train the adapter it has."
+            "peft_config asks for a new adapter, and model has one already. Give the model without "
+            "its adapter (or merged with it: model.merge_and_unload()), or leave peft_config out to "
+            "train the adapter it has."
         )
     assert isinstance(policy, PreTrainedModel)
     return get_peft_model(policy, peft_config)

@@ -11,38 +11,27 @@ from gmpo.unwrap import unwrap
 
 
 def is_mixture(model: nn.Module) -> bool:
-    """Whether `model` has experts whose load can be balanced."""
-    config = unwrap(model).config.get_text_config()  # pyright: ignore
-    return hasattr(config, "output_router_logits")
+    """Return whether `model` has experts whose load can be balanced."""
+    config: Any = unwrap(model).config
+    return hasattr(config.get_text_config(), "output_router_logits")
 
 
 @contextmanager
 def recorded_routers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block, the router logits [tokens, experts] of each layer that `model` runs, in a list.
+    """Give a list that `model` fills with the router logits [tokens, experts] of each layer it runs.
 
-    They are not asked for with `output_router_logits`: the model would make its own loss of them, with a mask that
-    holds rows and columns only.
+    They are not asked for with `output_router_logits`: the model would make its own loss of them,
+    with a mask that holds rows and columns only.
     """
-    recorders = (
-        getattr(module, "_can_record_outputs", None) or {} for module in unwrap(model).modules()
-    )
-    recorder: Any = next(
-        (dict(found)["router_logits"] for found in recorders if "router_logits" in found), None
-    )  # pyright: ignore
-    if recorder is None:
-        raise ValueError(
-            f"{type(unwrap(model)).__name__} does not say where its router logits come from, which "
-            "router_aux_loss_coef needs. Set router_aux_loss_coef=0."
-        )
-    kind, index = getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
+    causal = unwrap(model)
+    kind, index = _router_output(causal)
     logits: list[Tensor] = []
 
-    def record(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    def record(module: nn.Module, inputs: object, output: Any) -> None:
         logits.append(output[index] if isinstance(output, tuple) else output)
 
-    handles = [
-        m.register_forward_hook(record) for m in unwrap(model).modules() if isinstance(m, kind)
-    ]
+    routers = [module for module in causal.modules() if isinstance(module, kind)]
+    handles = [module.register_forward_hook(record) for module in routers]
     try:
         yield logits
     finally:
@@ -50,27 +39,50 @@ def recorded_routers(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def _router_output(causal: nn.Module) -> tuple[type[nn.Module], int]:
+    """Return the class of the routers, and which of their outputs the logits are.
+
+    transformers keeps both for `output_router_logits`.
+    """
+    for module in causal.modules():
+        recorders = dict(getattr(module, "_can_record_outputs", None) or {})
+        if "router_logits" in recorders:
+            recorder: Any = recorders["router_logits"]
+            return getattr(recorder, "target_class", recorder), getattr(recorder, "index", 0)
+    raise ValueError(
+        f"{type(causal).__name__} does not say where its router logits come from, which "
+        "router_aux_loss_coef needs. Set router_aux_loss_coef=0."
+    )
+
+
 def load_balancing_loss(logits: list[Tensor], weight: Tensor, chosen: int) -> Tensor:
-    """experts * sum over experts of (share of the tokens that chose it) * (its mean probability).
+    """Return experts * sum over experts of (share of tokens that chose it) * (mean probability).
+
+    All layers count together, as in transformers.  It is a product of two means, so the losses of
+    chunks do not add up to the loss of their union.
 
     Args:
         logits: [tokens, experts] of each layer.
-        weight: [tokens] how often a token counts; 0 on padding.
+        weight: [tokens] number of times that a token counts; 0 on padding.
         chosen: Experts per token.
 
     Returns:
         A scalar, `chosen` when the load is even.
 
-    Source: arXiv:2101.03961, equations 4 to 6, over all layers together, as transformers computes it.
+    Example:
+        one layer, logits [[9, 0], [0, 9]], weight [1, 1], chosen 1
+        shares [0.5, 0.5], mean probabilities [0.5, 0.5] -> 2 * (0.25 + 0.25) = 1
+
+    Source: arXiv:2101.03961, equations 4 to 6.
     """
     experts = logits[0].shape[-1]
-    probabilities = (
-        torch.stack([layer.view(-1, experts) for layer in logits]).float().softmax(-1)
-    )  # [layers, tokens, experts]
-    picks = torch.zeros_like(probabilities).scatter_(
-        -1, probabilities.topk(chosen, dim=-1).indices, 1.0
-    )
     count = weight.sum().clamp_min(1) * len(logits)
+
+    stacked = torch.stack([layer.view(-1, experts) for layer in logits])
+    probabilities = stacked.float().softmax(-1)  # [layers, tokens, experts]
+    best = probabilities.topk(chosen, dim=-1).indices
+    picks = torch.zeros_like(probabilities).scatter_(-1, best, 1.0)
+
     share = (picks * weight[:, None]).sum((0, 1)) / count
     mean = (probabilities * weight[:, None]).sum((0, 1)) / count
     return experts * (share * mean).sum()

@@ -89,7 +89,9 @@ def test_keywords_for_loading_do_not_fit_a_model():
 
 @pytest.mark.parametrize("model", [None, 3, nn.Linear(2, 2)])
 def test_other_things_are_a_type_error(model):
-    with pytest.raises(TypeError, match=f"model is a {type(model).__name__}: give a name, a path"):
+    with pytest.raises(
+        TypeError, match=rf"model is a {type(model).__name__}\. Give a name, a path"
+    ):
         load_policy(model, PolicySettings())
 
 
@@ -116,7 +118,7 @@ def test_an_adapter_on_an_adapter_is_an_error():
     policy = get_peft_model(make_model("llama"), LoraConfig(**LORA))
     with pytest.raises(ValueError, match=r"model has one already.*merge_and_unload"):
         load_policy(policy, PolicySettings(), peft_config=LoraConfig(**LORA))
-    with pytest.raises(TypeError, match="peft_config is a dict: give a PeftConfig"):
+    with pytest.raises(TypeError, match=r"peft_config is a dict\. Give a PeftConfig"):
         load_policy(make_model("llama"), PolicySettings(), peft_config={"r": 8})
 
 
