@@ -21,6 +21,7 @@ FLOORS = {
     "checkpoint": 1,
     "data": 2,
     "objective": 2,
+    "attention": 2,
     "rollout": 3,
     "policy": 3,
     "reward": 3,
@@ -35,7 +36,7 @@ FLOORS = {
     "trainer": 4,
     "cli": 5,
 }
-STAGES = {"data", "objective", "rollout", "policy", "reward", "report"}
+STAGES = {"data", "objective", "attention", "rollout", "policy", "reward", "report"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 FOLDERS = sorted({path.parent for path in FILES} - {ROOT})
 

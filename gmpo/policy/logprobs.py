@@ -7,7 +7,7 @@ LogProbs.compute_without_grad   of all rows, in passes that fit into memory
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -30,9 +30,9 @@ from gmpo.policy.head.lm_head import (
     working_dtype,
 )
 from gmpo.policy.head.logits_shaping import Shaping, shaping_of
-from gmpo.policy.layout.chunks import cut
-from gmpo.policy.layout.layout import Layout, Placement, balance, lay_out
-from gmpo.policy.layout.masks import attention_masks
+from gmpo.policy.layout.attention import attention_by_segments
+from gmpo.policy.layout.chunks import balance, cut
+from gmpo.policy.layout.layout import Layout, Placement, lay_out
 from gmpo.policy.layout.select import LayoutSelector
 from gmpo.policy.moe import is_mixture, load_balancing_loss, recorded_routers
 from gmpo.policy.settings import PolicySettings
@@ -165,18 +165,14 @@ class LogProbs:
         """
         chunks = [list(range(len(batch)))]
         if max_tokens is not None and len(batch):
-            chunks = cut(
-                batch,
-                lambda rows: self._layouts.tokens(batch.rows(torch.tensor(rows))),
-                max_tokens,
-            )
+            chunks = cut(batch, self._layouts.tokens_of(batch), max_tokens)
         return [
             torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks
         ]
 
     def tokens(self, batch: Batch) -> int:
         """Return the number of tokens of `batch` after layout."""
-        return self._layouts.tokens(batch)
+        return self._layouts.tokens_of(batch)(list(range(len(batch))))
 
     def is_routed(self, model: nn.Module) -> bool:
         """Return whether a load-balancing loss of experts belongs to the loss of `model`."""
@@ -270,8 +266,13 @@ def _call(
 
     # The head's own forward is patched for the time of this call only; hooks around it still run.
     recording = nullcontext([]) if routed is None else recorded_routers(model)
-    with replaced(forward.head.module, cast(Any, head_forward)), recording as routers:
-        logits = model(**_model_inputs(model, forward.layout), use_cache=False).logits
+    with (
+        replaced(forward.head.module, cast(Any, head_forward)),
+        recording as routers,
+        _attending(model, forward.layout) as attention,
+    ):
+        inputs = _model_inputs(model, forward.layout)
+        logits = model(**inputs, **attention, use_cache=False).logits
 
     values = results[0]
     if torch.is_grad_enabled():
@@ -292,16 +293,19 @@ class _Zeros(torch.autograd.Function):
 
 
 def _model_inputs(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    causal = unwrap(model)
     inputs: dict[str, Any] = {"input_ids": layout.input_ids}
-    if "position_ids" in inspect.signature(causal.forward).parameters:
+    if "position_ids" in inspect.signature(unwrap(model).forward).parameters:
         inputs["position_ids"] = layout.position_ids
-    if layout.kind == "padded":
-        inputs["attention_mask"] = (layout.tree >= 0).long()
-    else:
-        config = causal.config.get_text_config()  # pyright: ignore
-        inputs["attention_mask"] = attention_masks(layout, config, causal.dtype)  # pyright: ignore
+    if layout.mask is not None:
+        inputs["attention_mask"] = layout.mask
     return inputs
+
+
+def _attending(model: nn.Module, layout: Layout) -> AbstractContextManager[dict[str, Any]]:
+    """Return a block in which `model`, called with what it yields, attends as the layout asks."""
+    if layout.segments is None:
+        return nullcontext({})
+    return attention_by_segments(unwrap(model), layout.segments)
 
 
 # -- in the place of the head --------------------------------------------------------------------

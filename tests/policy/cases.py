@@ -53,6 +53,16 @@ MODELS = {
     "granite-scale": ("Granite", {"logits_scaling": 6.0}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3}),
     "qwen3-moe": ("Qwen3Moe", {"head_dim": 8, **EXPERTS}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 8,
+            "sliding_window": 3,
+            "layer_types": BOTH,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 RECURRENT = {
     "mamba": ("Mamba", {}),

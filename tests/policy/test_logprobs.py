@@ -243,8 +243,8 @@ def test_the_transform_is_measured_whatever_the_configuration_calls_it():
 
 
 def test_scoring_leaves_the_model_and_the_random_numbers_as_they_were():
-    model, batch = make_model("llama", attention_dropout=0.5), make_batch()
-    model.model.layers[1].eval()
+    model, batch = make_model("gpt2", resid_pdrop=0.5), make_batch()
+    model.transformer.h[1].eval()
     modes = [module.training for module in model.modules()]
     states = []
     for checked in (False, True):

@@ -2,16 +2,14 @@
 
 A prompt P with completions A and B, and a prompt Q with completion C:
 
-    padded          P A . .        one row per completion, padded
+    shared_prefix   P A B B B Q Q C        each prompt once, then its completions, all in one row
+    packed          P A P B B B Q Q C      rows one after another
+    padded          P A . .                one row per completion, padded
                     P B B B
                     Q Q C .
-    packed          P A P B B B    rows one after another, without padding
-                    Q Q C . . .
-    shared_prefix   P A B B B .    each prompt once, then its completions
-                    Q Q C . . .
 
-layout.py  the three layouts, and the tensors of a batch in one of them
-select.py  the cheapest layout that a model supports, checked against `padded`
-masks.py   attention masks of a layout
-chunks.py  sets of rows that fit into one forward pass
+layout.py     the three layouts, and the tensors of a batch in one of them
+attention.py  attention by segments inside of a model, for the layouts of one row
+select.py     the layout that a model gets, checked against `padded`
+chunks.py     sets of rows that fit into one forward pass
 """

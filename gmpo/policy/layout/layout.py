@@ -1,194 +1,204 @@
 """Rows of a batch, laid out for the model: where each token sits, what it may see, which state predicts it.
 
-Every layout is a set of trees.  A tree is a prompt and the completions that continue it; a token sees the prompt and
-the earlier tokens of its own completion.  Trees are put one after another into the rows of a rectangle.
+Every layout is a list of trees.  A tree is a prompt and the completions that continue it; a token
+sees the prompt and the earlier tokens of its own completion.
 
-    padded          one completion per tree, one tree per row
-    packed          one completion per tree, several trees per row
-    shared_prefix   the completions of a group in one tree, one or several trees per row
+    padded          one completion per tree, one tree per line of a rectangle
+    packed          one completion per tree, all trees in one line
+    shared_prefix   the completions of a group in one tree, all trees in one line
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gmpo.attention.segments import Segments, Tree
 from gmpo.token_sets import ranges
 from gmpo.types import Batch
-
-Cost = Callable[[int, int], float]  # of a rectangle of so many rows and columns
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A chunk of rows as model inputs.  R rows and L columns of the rectangle; B rows and T tokens of the batch."""
+    """A chunk of rows as model inputs.  R lines and L columns of cells; B rows and T tokens of the batch."""
 
-    input_ids: Tensor  # [R, L] int64, 0 on padding
-    position_ids: Tensor  # [R, L] int64, from 0 at each prompt's start
-    tree: Tensor  # [R, L] int64, which tree a token belongs to, -1 on padding
-    branch: Tensor  # [R, L] int64, 0 in a prompt, else which completion
-    weight: Tensor  # [R, L] float32, rows of the batch that contain the token, 0 on padding
-    source: (
-        Tensor  # [B, T] int64, where in [R * L] the state is that predicts the token; 0 on padding
-    )
     kind: str
+    input_ids: Tensor  # [R, L] int64, 0 on padding
+    position_ids: Tensor  # [R, L] int64, from 0 at each prompt's start, 0 on padding
+    weight: Tensor  # [R, L] float32, rows of the batch that contain the token, 0 on padding
+    source: Tensor  # [B, T] int64, which of [R * L] states predicts the token, 0 on padding
+    mask: Tensor | None  # [R, L] int64, 1 on tokens, 0 on padding; None for a single line
+    segments: Segments | None  # what sees what in a single line; None for a rectangle
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where everything goes, in sizes only.  R rows and L columns of the rectangle; B rows of the batch."""
+    """Where everything goes, in sizes only."""
 
     kind: str
     trees: list[list[int]]  # rows of the batch by tree
-    rows: list[list[int]]  # trees by row of the rectangle
-    columns: int
     prompts: list[int]  # B prompt lengths
     branches: list[int]  # B completion tokens that go into the model
+    lines: int
+    columns: int
 
+    @property
+    def cells(self) -> int:
+        """Return the tokens of the forward pass, padding included."""
+        return self.lines * self.columns
 
-def place(
-    batch: Batch,
-    kind: str,
-    trees: list[list[int]],
-    arrange: Callable[[list[int]], list[list[int]]],
-    *,
-    last_token: bool,
-    multiple_of: int = 1,
-) -> Placement:
-    """Put trees into rows.
-
-    Args:
-        trees: Rows of the batch by tree.
-        arrange: From the tokens of each tree to trees by row of the rectangle.
-        last_token: Run the last token of each completion too, which predicts nothing that is trained on.
-        multiple_of: The columns are a multiple of it.
-    """
-    prompts = [len(prompt) for prompt in batch.prompt_ids]
-    branches = [length if last_token else max(length - 1, 0) for length in batch.lengths.tolist()]
-    sizes = [prompts[tree[0]] + sum(branches[row] for row in tree) for tree in trees]
-    rows = arrange(sizes)
-    longest = max((sum(sizes[tree] for tree in row) for row in rows), default=1)
-    return Placement(kind, trees, rows, -(-longest // multiple_of) * multiple_of, prompts, branches)
-
-
-def pack(sizes: Sequence[int], cost: Cost) -> list[list[int]]:
-    """Items by row of the cheapest rectangle found: longest first, each into the emptiest row.
-
-    Args:
-        sizes: Tokens of each item.
-    """
-    candidates = sorted({min(int(1.25**power), len(sizes)) for power in range(64)}) if sizes else []
-    options = [balance(sizes, number) for number in candidates]
-    return min(
-        options,
-        key=lambda rows: cost(len(rows), max(sum(sizes[item] for item in row) for row in rows)),
-        default=[],
-    )
-
-
-def balance(sizes: Sequence[int], number: int) -> list[list[int]]:
-    """Items over `number` rows of about equal size: the longest first, each into the row that is emptiest."""
-    rows: list[list[int]] = [[] for _ in range(number)]
-    filled = [0] * number
-    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
-        row = filled.index(min(filled))
-        rows[row].append(item)
-        filled[row] += sizes[item]
-    return rows
-
-
-def lay_out(batch: Batch, placement: Placement) -> Layout:
-    """The tokens of `batch` where `plan` puts them; one token that counts nowhere for a batch of no rows."""
-    device = batch.completion_ids.device
-    pool = torch.cat(
-        [*(batch.prompt_ids[tree[0]] for tree in placement.trees), batch.completion_ids.flatten()]
-    )
-    segments, last_prompt_token, branch_start = _segments(placement, batch.completion_ids.shape[1])
-    start, length, origin, tree, branch, position, weight = (
-        torch.tensor(segments, dtype=torch.int64).view(-1, 7).T
-    )
-    places = ranges(start, length).to(device)
-    size = (max(len(placement.rows), 1), placement.columns)
-
-    def filled(values: Tensor, background: int) -> Tensor:
-        flat = torch.full((size[0] * size[1],), background, dtype=torch.int64, device=device)
-        flat[places] = values.to(device)
-        return flat.view(size)
-
-    return Layout(
-        input_ids=filled(pool[ranges(origin, length).to(device)], 0),
-        position_ids=filled(ranges(position, length), 0),
-        tree=filled(tree.repeat_interleave(length), -1 if placement.trees else 0),
-        branch=filled(branch.repeat_interleave(length), 0),
-        weight=filled(weight.repeat_interleave(length), 0).float(),
-        source=_sources(batch, last_prompt_token, branch_start),
-        kind=placement.kind,
-    )
-
-
-def _segments(
-    placement: Placement, width: int
-) -> tuple[list[tuple[int, ...]], list[int], list[int]]:
-    """Runs of tokens: (place, length, origin in the token pool, tree, branch, position, weight).
-
-    Also, for each row of the batch, the places of the last token of its prompt and of the first of its completion.
-    """
-    prompt_origin, origin = [], 0
-    for tree in placement.trees:
-        prompt_origin.append(origin)
-        origin += placement.prompts[tree[0]]
-    segments = []
-    last_prompt_token, branch_start = [0] * len(placement.prompts), [0] * len(placement.prompts)
-    for number, row in enumerate(placement.rows):
-        place = number * placement.columns
-        for tree in row:
-            members = placement.trees[tree]
-            prompt = placement.prompts[members[0]]
-            segments.append((place, prompt, prompt_origin[tree], tree, 0, 0, len(members)))
-            place += prompt
-            last = place - 1
-            for branch, member in enumerate(members, start=1):
-                length = placement.branches[member]
-                segments.append((place, length, origin + member * width, tree, branch, prompt, 1))
-                last_prompt_token[member], branch_start[member] = last, place
-                place += length
-    return segments, last_prompt_token, branch_start
-
-
-def _sources(batch: Batch, last_prompt_token: list[int], branch_start: list[int]) -> Tensor:
-    device, width = batch.completion_ids.device, batch.completion_ids.shape[1]
-    token = torch.arange(width, device=device)
-    source = torch.tensor(branch_start, dtype=torch.int64, device=device)[:, None] + token - 1
-    source[:, 0] = torch.tensor(last_prompt_token, dtype=torch.int64, device=device)
-    return torch.where(token < batch.lengths.to(device)[:, None], source, 0)
+    def tree(self, number: int) -> Tree:
+        """Return the sizes of a tree."""
+        rows = self.trees[number]
+        return Tree(self.prompts[rows[0]], tuple(self.branches[row] for row in rows))
 
 
 def padded(batch: Batch, *, last_token: bool = False, multiple_of: int | None = None) -> Placement:
-    """`batch` as it is.  Padding comes last, where no real token sees it, whatever a model makes of its mask."""
+    """Place `batch` as it is.
+
+    Padding comes last, where no token sees it, whatever a model makes of its mask.
+
+    Args:
+        last_token: Run the last token of each completion too, which predicts nothing.
+        multiple_of: The columns are a multiple of it.
+    """
+    prompts, branches = sizes(batch, last_token=last_token)
+    longest = max(map(sum, zip(prompts, branches, strict=True)), default=1)
+    multiple = multiple_of or 1
+    columns = -(-longest // multiple) * multiple
     trees = [[row] for row in range(len(batch))]
-    return place(
-        batch,
-        "padded",
-        trees,
-        lambda sizes: trees,
-        last_token=last_token,
-        multiple_of=multiple_of or 1,
-    )
+    return Placement("padded", trees, prompts, branches, max(len(batch), 1), columns)
 
 
-def packed(batch: Batch, cost: Cost, *, last_token: bool = False) -> Placement:
-    """`batch` in the cheapest rectangle of whole rows."""
-    trees = [[row] for row in range(len(batch))]
-    return place(batch, "packed", trees, lambda sizes: pack(sizes, cost), last_token=last_token)
+def packed(batch: Batch, *, last_token: bool = False) -> Placement:
+    """Place the rows of `batch` one after another."""
+    return _one_line("packed", batch, [[row] for row in range(len(batch))], last_token)
 
 
-def shared_prefix(batch: Batch, cost: Cost, *, last_token: bool = False) -> Placement:
-    """`batch` in the cheapest rectangle of whole groups: rows whose prompt is the same tensor object."""
-    trees: dict[int, list[int]] = {}
+def shared_prefix(batch: Batch, *, last_token: bool = False) -> Placement:
+    """Place each prompt of `batch` once: rows whose prompt is the same tensor object share it."""
+    return _one_line("shared_prefix", batch, groups(batch), last_token)
+
+
+def groups(batch: Batch) -> list[list[int]]:
+    """Return the rows of `batch` by their prompt, which is the same tensor object for a group."""
+    by_prompt: dict[int, list[int]] = {}
     for row, prompt in enumerate(batch.prompt_ids):
-        trees.setdefault(id(prompt), []).append(row)
-    groups = list(trees.values())
-    return place(
-        batch, "shared_prefix", groups, lambda sizes: pack(sizes, cost), last_token=last_token
+        by_prompt.setdefault(id(prompt), []).append(row)
+    return list(by_prompt.values())
+
+
+def sizes(batch: Batch, *, last_token: bool) -> tuple[list[int], list[int]]:
+    """Return the prompt length of each row, and how many of its completion tokens go into the model."""
+    spared = 0 if last_token else 1
+    branches = [max(length - spared, 0) for length in batch.lengths.tolist()]
+    return [len(prompt) for prompt in batch.prompt_ids], branches
+
+
+def _one_line(kind: str, batch: Batch, trees: list[list[int]], last_token: bool) -> Placement:
+    prompts, branches = sizes(batch, last_token=last_token)
+    tokens = sum(prompts[tree[0]] for tree in trees) + sum(branches)
+    return Placement(kind, trees, prompts, branches, 1, tokens or 1)
+
+
+# -- the tensors -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Tokens that stand one after another, in their source and in the layout."""
+
+    cell: int  # of the first one, of all R * L
+    length: int
+    origin: int  # of the first one, in the pool of tokens
+    position: int  # of the first one
+    weight: int
+
+
+def lay_out(batch: Batch, placement: Placement) -> Layout:
+    """Return the tokens of `batch` where `placement` puts them.
+
+    A batch of no rows has one token that counts nowhere.
+    """
+    device = batch.completion_ids.device
+    prompts = [batch.prompt_ids[tree[0]] for tree in placement.trees]
+    pool = torch.cat([*prompts, batch.completion_ids.flatten()])
+    runs, prompt_ends, branch_starts = _runs(placement, batch.completion_ids.shape[1])
+
+    fields = [(run.cell, run.length, run.origin, run.position, run.weight) for run in runs]
+    cell, length, origin, position, weight = torch.tensor(fields, dtype=torch.int64).view(-1, 5).T
+    cells = ranges(cell, length).to(device)
+
+    def spread(values: Tensor) -> Tensor:
+        flat = torch.zeros(placement.cells, dtype=torch.int64, device=device)
+        flat[cells] = values.to(device)
+        return flat.view(placement.lines, placement.columns)
+
+    mask, segments = None, None
+    if placement.kind == "padded":
+        mask = spread(torch.ones_like(cells)) if runs else spread(cells) + 1
+    else:
+        trees = [placement.tree(number) for number in range(len(placement.trees))]
+        segments = Segments(tuple(trees or [Tree(1)]), device)
+
+    return Layout(
+        kind=placement.kind,
+        input_ids=spread(pool[ranges(origin, length).to(device)]),
+        position_ids=spread(ranges(position, length)),
+        weight=spread(weight.repeat_interleave(length)).float(),
+        source=_sources(batch, prompt_ends, branch_starts),
+        mask=mask,
+        segments=segments,
     )
+
+
+def _runs(placement: Placement, width: int) -> tuple[list[_Run], list[int], list[int]]:
+    """Return the runs of a placement, and the cells that predict.
+
+    Args:
+        width: Completion tokens of a row in the pool, which holds the prompts before them.
+
+    Returns:
+        The runs; for each row of the batch, the cells of the last token of its prompt and of the
+        first token of its completion.
+
+    Example:
+        one prompt of 3 tokens with completions of 2 and 1, width 2, in one line -> runs (cell,
+        length, origin, position, weight) (0, 3, 0, 0, 2), (3, 2, 3, 3, 1), (5, 1, 5, 3, 1),
+        and the cells [2, 2], [3, 5]
+    """
+    first_row = sum(placement.prompts[tree[0]] for tree in placement.trees)
+    rectangle = placement.kind == "padded"
+    runs: list[_Run] = []
+    prompt_ends, branch_starts = [0] * len(placement.prompts), [0] * len(placement.prompts)
+    cell, prompt_origin = 0, 0
+
+    for number, tree in enumerate(placement.trees):
+        if rectangle:
+            cell = number * placement.columns
+        prompt = placement.prompts[tree[0]]
+        runs.append(_Run(cell, prompt, prompt_origin, 0, len(tree)))
+        cell, prompt_origin = cell + prompt, prompt_origin + prompt
+        prompt_end = cell - 1
+
+        for row in tree:
+            length = placement.branches[row]
+            runs.append(_Run(cell, length, first_row + row * width, prompt, 1))
+            prompt_ends[row], branch_starts[row] = prompt_end, cell
+            cell += length
+
+    return runs, prompt_ends, branch_starts
+
+
+def _sources(batch: Batch, prompt_ends: Sequence[int], branch_starts: Sequence[int]) -> Tensor:
+    """Return the cell whose state predicts each token, [B, T], 0 on padding.
+
+    Example:
+        a completion of 3 tokens at cells 7, 8, 9 whose prompt ends at cell 4 -> [4, 7, 8]
+    """
+    device, width = batch.completion_ids.device, batch.completion_ids.shape[1]
+    token = torch.arange(width, device=device)
+    source = torch.tensor(branch_starts, dtype=torch.int64, device=device)[:, None] + token - 1
+    source[:, 0] = torch.tensor(prompt_ends, dtype=torch.int64, device=device)
+    return torch.where(token < batch.lengths.to(device)[:, None], source, 0)

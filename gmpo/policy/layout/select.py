@@ -1,4 +1,4 @@
-"""Which layout a batch gets: the cheapest that the model supports, checked against the plain rectangle."""
+"""Which layout a model gets: one row of segments if it attends by them as it should, else the plain rectangle."""
 
 import dataclasses
 import inspect
@@ -11,34 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmpo.policy.layout.layout import Cost, Placement, packed, padded, shared_prefix
-from gmpo.policy.layout.masks import FORMS, VISIBILITY, layer_kinds
+from gmpo.policy.layout.attention import attention_dropout
+from gmpo.policy.layout.chunks import TokensOf
+from gmpo.policy.layout.layout import Placement, packed, padded, shared_prefix, sizes
 from gmpo.policy.settings import PolicySettings
 from gmpo.types import Batch
 from gmpo.unwrap import unwrap
 
-LogpsOf = Callable[
-    [Batch, Placement], tuple[Tensor, torch.dtype]
-]  # log-probs [B, T], and how the model computed
-OTHERS = ("packed", "shared_prefix")
+# Log-probs [B, T] of a batch in a layout, and the dtype in which the model computed them.
+LogpsOf = Callable[[Batch, Placement], tuple[Tensor, torch.dtype]]
 
-# Largest mean difference in nats between the log-probs of two layouts that compute the same: by the dtype of the model.
-# Wrong masks are off by 0.01 and more, also in small random models.
+# Kinds of layers that attend; the others keep a state, which would run on from row to row.
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# Largest mean difference, in nats, between log-probs of two layouts that compute the same: by the dtype of the model.
+# Wrong segments are off by 0.01 and more, also in small random models.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# Where rounding alone moves the same rows that are padded differently, a layout may differ by so many times as much,
+# but not by more than LARGEST.
+NOISE_FACTOR = 3.0
+LARGEST = 0.2
 
 CHECK_TOKENS = 1024  # of a prompt, and of a completion, in the rows of the check
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is known of a kind of model."""
+    """What the check of a kind of model has found."""
 
-    refused: dict[str, str]  # why not, by layout
-    hidden_size: int
+    reason: str | None  # why it can't attend by segments; None if it can
 
 
 class LayoutSelector:
-    """Chooses layouts; remembers what each kind of model supports."""
+    """Chooses layouts; remembers which kinds of models attend by segments."""
 
     def __init__(self, settings: PolicySettings):
         self.settings = settings
@@ -47,7 +53,7 @@ class LayoutSelector:
     def choose(
         self, model: nn.Module, batch: Batch, logps_of: LogpsOf, *, last_token: bool
     ) -> Placement:
-        """The cheapest layout of `batch` that `model` supports.  The first call for a kind of model checks it.
+        """Return the placement of `batch` for `model`, which is checked the first time.
 
         Args:
             logps_of: Log-probs of a batch in a layout, for the check.
@@ -55,125 +61,136 @@ class LayoutSelector:
         Raises:
             ValueError: If the settings name a layout that the model does not support.
         """
-        if self.settings.batch_layout == "padded":
-            return self._cheapest(batch, ["padded"], 1, last_token)
-        causal = unwrap(model)
-        config: Any = causal.config.get_text_config()  # pyright: ignore
-        key = f"{type(causal).__name__} with {config._attn_implementation} attention"
-        if key not in self.verdicts:
-            self.verdicts[key] = Verdict(self._check(model, batch, logps_of), config.hidden_size)
-            self._announce(key)
-        kinds = self._kinds(self.verdicts[key])
-        if not kinds:
-            wanted = self.settings.batch_layout
-            raise ValueError(
-                f"batch_layout={wanted!r} does not work for {key}: {self.verdicts[key].refused[wanted]}. "
-                "Use 'auto' or 'padded'."
-            )
-        return self._cheapest(batch, kinds, self.verdicts[key].hidden_size, last_token)
+        wanted = self.settings.batch_layout
+        if wanted == "padded":
+            return self._place(batch, "padded", last_token)
 
-    def tokens(self, batch: Batch) -> int:
-        """Tokens of `batch` after layout, for the models seen so far; as a padded rectangle before any was seen."""
+        key = kind_of(model)
+        if key not in self.verdicts:
+            self.verdicts[key] = Verdict(self._check(model, batch, logps_of))
+            self._announce(key)
+
+        reason = self.verdicts[key].reason
+        if reason is not None and wanted != "auto":
+            raise ValueError(
+                f"batch_layout={wanted!r} does not work for {key}: {reason}. Use 'auto' or 'padded'."
+            )
+        return self._place(batch, self._kind(self.verdicts[key]), last_token)
+
+    def tokens_of(self, batch: Batch) -> TokensOf:
+        """Return a function from rows of `batch` to their tokens after layout.
+
+        They are counted for the models seen so far, and as a padded rectangle before any was seen.
+        """
         last_token = self.settings.router_aux_loss_coef > 0
-        sizes = [
-            len(chosen.rows) * chosen.columns
-            for verdict in self.verdicts.values() or [Verdict(dict.fromkeys(OTHERS, ""), 1)]
-            for chosen in [
-                self._cheapest(
-                    batch, self._kinds(verdict) or ["padded"], verdict.hidden_size, last_token
-                )
-            ]
-        ]
-        return max(sizes)
+        prompts, branches = sizes(batch, last_token=last_token)
+        kinds = {self._kind(verdict) for verdict in self.verdicts.values()} or {"padded"}
+
+        def tokens(rows: list[int]) -> int:
+            if not rows:
+                return 1
+            written = [branches[row] for row in rows]
+            each_prompt = [prompts[row] for row in rows]
+            shared = {id(batch.prompt_ids[row]): prompts[row] for row in rows}
+            longest = max(map(sum, zip(each_prompt, written, strict=True)))
+            multiple = self.settings.pad_to_multiple_of or 1
+            by_kind = {
+                "padded": len(rows) * -(-longest // multiple) * multiple,
+                "packed": sum(each_prompt) + sum(written),
+                "shared_prefix": sum(shared.values()) + sum(written),
+            }
+            return max(by_kind[kind] for kind in kinds)
+
+        return tokens
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the verdicts, of the models that were checked and of no other."""
         return {key: dataclasses.asdict(verdict) for key, verdict in self.verdicts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the verdicts of an earlier run."""
         self.verdicts = {key: Verdict(**verdict) for key, verdict in state.items()}
 
-    def _kinds(self, verdict: Verdict) -> list[str]:
-        """Layouts to choose from, those first that win a tie."""
-        wanted = (
-            ("padded", *OTHERS)
-            if self.settings.batch_layout == "auto"
-            else (self.settings.batch_layout,)
-        )
-        return [kind for kind in wanted if kind not in verdict.refused]
+    def _kind(self, verdict: Verdict) -> str:
+        if verdict.reason is not None:
+            return "padded"
+        return "packed" if self.settings.batch_layout == "packed" else "shared_prefix"
 
-    def _cheapest(
-        self, batch: Batch, kinds: list[str], hidden_size: int, last_token: bool
-    ) -> Placement:
-        cost = cost_of(hidden_size)
+    def _place(self, batch: Batch, kind: str, last_token: bool) -> Placement:
         ways = {
             "padded": partial(padded, multiple_of=self.settings.pad_to_multiple_of),
-            "packed": partial(packed, cost=cost),
-            "shared_prefix": partial(shared_prefix, cost=cost),
+            "packed": packed,
+            "shared_prefix": shared_prefix,
         }
-        plans = [ways[kind](batch, last_token=last_token) for kind in kinds]
-        return min(plans, key=lambda placement: cost(len(placement.rows), placement.columns))
+        return ways[kind](batch, last_token=last_token)
 
-    def _check(self, model: nn.Module, batch: Batch, logps_of: LogpsOf) -> dict[str, str]:
-        """Why not, for each layout in question that `model` does not support.
+    def _check(self, model: nn.Module, batch: Batch, logps_of: LogpsOf) -> str | None:
+        """Return why `model` can't attend by segments, or None if it can.
 
         Each rank judges by its own rows, after the same number of forward passes on all of them.
         """
-        kinds = OTHERS if self.settings.batch_layout == "auto" else (self.settings.batch_layout,)
         reason = unsupported_reason(model)
         if reason is not None:
-            return dict.fromkeys(kinds, reason)
+            return reason
+
+        # The rectangle beside single rows shows how far rounding carries the same log-probs.
         rows = check_rows(batch)
-        one_row = lambda rows, columns: rows  # noqa: E731
-        candidates = {
-            "packed": packed(rows, one_row),
-            "shared_prefix": shared_prefix(rows, one_row),
-        }
         expected, dtype = logps_of(rows, padded(rows))
-        refused = {}
-        for kind in kinds:
-            fault = _fault(
-                expected,
-                lambda kind=kind: logps_of(rows, candidates[kind])[0],
-                rows.mask,
-                tolerance(dtype),
-            )
-            if fault is not None:
-                refused[kind] = fault
-        return refused
+        singly = torch.zeros_like(expected)
+        for number in range(len(rows)):
+            row = rows.rows(torch.tensor([number]))
+            logps, _ = logps_of(row, padded(row))
+            singly[number, : logps.shape[1]] = logps[0]
+
+        try:
+            found, _ = logps_of(rows, shared_prefix(rows))
+        except Exception as error:  # a model may refuse in any way
+            return f"the model fails with {type(error).__name__}: {error}"
+
+        gap = mean_gap(found, expected, rows.mask)
+        limit = tolerance(dtype, mean_gap(singly, expected, rows.mask))
+        if gap <= limit:
+            return None
+        return (
+            f"its log-probs differ by {gap:.2g} nats from those of 'padded' on average, more than "
+            f"{limit:.2g}"
+        )
 
     def _announce(self, key: str) -> None:
-        if self.settings.batch_layout == "auto":
-            for kind, reason in self.verdicts[key].refused.items():
-                warnings.warn(
-                    f"batch_layout='auto' leaves out '{kind}' for {key}: {reason}.", stacklevel=2
-                )
+        reason = self.verdicts[key].reason
+        if self.settings.batch_layout == "auto" and reason is not None:
+            warnings.warn(
+                f"batch_layout='auto' leaves out 'shared_prefix' for {key}: {reason}.", stacklevel=2
+            )
 
 
-def _fault(
-    expected: Tensor, compute: Callable[[], Tensor], mask: Tensor, limit: float
-) -> str | None:
-    """What is wrong with the log-probs that `compute` gives; None if nothing is."""
-    try:
-        found = compute()
-    except Exception as error:  # a model may refuse our masks in any way
-        return f"the model fails with {type(error).__name__}: {error}"
-    gap = torch.where(mask, found - expected, 0.0).abs().sum().item() / int(mask.sum())
-    if gap <= limit:
-        return None
-    return f"its log-probs differ by {gap:.2g} nats from those of 'padded' on average, more than {limit:g}"
+def kind_of(model: nn.Module) -> str:
+    """Return what a verdict is valid for: a kind of model, where and in what it computes."""
+    causal = unwrap(model)
+    config: Any = causal.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue] (a PreTrainedModel)
+    parameter = next(causal.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return (
+        f"{type(causal).__name__} with {config._attn_implementation} attention in {dtype} on "
+        f"{parameter.device.type} with torch {torch.__version__}"
+    )
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
-    """Why `model` can't run anything but the plain rectangle; None if nothing speaks against it."""
+    """Return why `model` can't run anything but the plain rectangle; None if nothing speaks against it."""
     causal = unwrap(model)
-    config: Any = causal.config.get_text_config()  # pyright: ignore
+    config: Any = causal.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue] (a PreTrainedModel)
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return "the model takes no position_ids"
-    if config._attn_implementation not in FORMS:
-        return f"its attention '{config._attn_implementation}' takes no mask of ours; use one of {', '.join(FORMS)}"
-    recurrent = layer_kinds(config) - set(VISIBILITY)
+
+    recurrent = set(getattr(config, "layer_types", None) or ()) - ATTENDING
     if recurrent:
-        return f"its layers of type {', '.join(sorted(recurrent))} take no mask"
+        return f"its layers of type {', '.join(sorted(recurrent))} do not attend"
+
+    dropout = attention_dropout(causal)
+    if dropout:
+        return f"its attention drops weights at the rate {dropout:g} (see disable_dropout)"
+
     adapters = (getattr(module, "peft_config", None) for module in model.modules())
     described = [each for found in adapters if isinstance(found, dict) for each in found.values()]
     if any(getattr(each, "is_prompt_learning", False) for each in described):
@@ -181,20 +198,11 @@ def unsupported_reason(model: nn.Module) -> str | None:
     return None
 
 
-def cost_of(hidden_size: int) -> Cost:
-    """Cost of a rectangle, in tokens without attention.
-
-    A layer takes about 12 H^2 multiplications for a token and 2 H for a pair of tokens; those of a pair cost about
-    three times as much as those of a matrix product, so attention costs as much as the rest at 2 H columns.
-    """
-    return lambda rows, columns: rows * columns * (1 + columns / (2 * hidden_size))
-
-
 def check_rows(batch: Batch) -> Batch:
-    """Four rows to compare layouts on: two prompts of `batch` with two of its completions each, the longest.
+    """Return four rows to compare layouts on: two prompts of `batch` with two of its completions each, the longest.
 
-    Prompts and completions are crossed, because a batch may hold no group, and cut to `CHECK_TOKENS`.  What is missing
-    in a small batch is made up of the tokens that it has.
+    Prompts and completions are crossed, because a batch may hold no group, and cut to
+    `CHECK_TOKENS`.  What is missing in a small batch is made up of the tokens that it has.
     """
     device = batch.completion_ids.device
     prompts = list({id(prompt): prompt for prompt in batch.prompt_ids}.values())
@@ -203,6 +211,7 @@ def check_rows(batch: Batch) -> Batch:
     completions = [
         batch.completion_ids[row, : int(batch.lengths[row])][:CHECK_TOKENS] for row in order
     ]
+
     spare = torch.arange(3, device=device)
     prompts += [spare + 1, spare + 2][len(prompts) :]
     completions += [completions[0].flip(0) if completions else spare] * (2 - len(completions))
@@ -221,12 +230,24 @@ def check_rows(batch: Batch) -> Batch:
     )
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """`TOLERANCE` for a model that computes in `dtype`."""
-    if (
-        dtype == torch.float32
-        and torch.cuda.is_available()
-        and torch.backends.cuda.matmul.allow_tf32
-    ):
+def mean_gap(found: Tensor, expected: Tensor, mask: Tensor) -> float:
+    """Return the mean absolute difference over the tokens of `mask`, in nats."""
+    gap = torch.where(mask, found - expected, 0.0).abs().sum()
+    return gap.item() / int(mask.sum())
+
+
+def tolerance(dtype: torch.dtype, noise: float) -> float:
+    """Return the largest mean difference that a layout may make.
+
+    Args:
+        dtype: In which the model computes.
+        noise: Mean difference that another padding makes.
+
+    Example:
+        float32, noise 1e-6 -> 3e-4; bfloat16, noise 0.025 -> 0.075; bfloat16, noise 0.3 -> 0.2
+    """
+    uses_tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
+    if dtype == torch.float32 and uses_tf32:
         dtype = torch.float16  # TF32 keeps as many digits
-    return TOLERANCE.get(dtype, max(TOLERANCE.values()))
+    usual = TOLERANCE.get(dtype, max(TOLERANCE.values()))
+    return max(usual, min(NOISE_FACTOR * noise, LARGEST))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gmpo.policy.layout.chunks import cut
+from gmpo.policy.layout.chunks import balance, cut
 from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import (
@@ -46,6 +46,11 @@ def test_a_row_that_does_not_fit_is_alone():
 def test_sets_have_about_the_same_size():
     batch = rows_of(*[(2, [8])] * 12)  # 12 rows of 10 tokens; 50 fit into a set
     assert sorted(map(len, cut(batch, tree_tokens(batch), 50))) == [4, 4, 4]
+
+
+def test_items_spread_evenly():
+    # longest first, each to the emptiest: 8 | 7 | 6, then 5 to the third, 4 to the second, 3 to the first
+    assert balance([3, 4, 5, 6, 7, 8], 3) == [[5, 0], [4, 1], [3, 2]]
 
 
 @pytest.mark.parametrize("layout", ["auto", "padded", "packed", "shared_prefix"])

@@ -1,15 +1,26 @@
-"""The cheapest layout is chosen, and none is believed before it gives the log-probs of the rectangle."""
+"""A prompt is shared wherever the model attends by segments, which is believed once it has been checked."""
 
 import types
 
 import pytest
 import torch
 
-from gmpo.policy.layout.select import TOLERANCE, check_rows, cost_of, tolerance
+from gmpo.attention.segments import Segments, Tree
+from gmpo.policy.layout.attention import NAME, SegmentInputs
+from gmpo.policy.layout.select import TOLERANCE, check_rows, tolerance
 from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.settings import PolicySettings
 from gmpo.types import Batch
-from tests.policy.cases import make_batch, make_model, naive_scores
+from tests.policy.cases import (
+    assert_same_gradients,
+    float64_throughout,
+    gradients,
+    make_batch,
+    make_model,
+    naive_scores,
+    weighted,
+    weighted_rows,
+)
 
 
 def rows_of(*shapes):
@@ -53,65 +64,61 @@ class Spying(LogProbs):
         return model
 
 
-CHOICES = {
-    "shared_prefix": rows_of((20, [5, 6, 7, 8])),  # 20 + 22 instead of 4 * 27 tokens
-    "packed": rows_of(
-        (3, [30]), (3, [2]), (3, [2]), (3, [2])
-    ),  # 32 + 3 * 4 in one row instead of 4 * 32
-    "padded": rows_of((3, [5]), (3, [5])),  # nothing to gain
-}
-
-
-@pytest.mark.parametrize("kind", CHOICES)
-def test_auto_takes_the_layout_with_the_fewest_tokens(kind):
-    logprobs = Spying(PolicySettings())
-    logprobs.compute(make_model("llama", hidden_size=512), CHOICES[kind])
+@pytest.mark.parametrize(
+    ("wanted", "kind"),
+    [("auto", "shared_prefix"), ("shared_prefix", "shared_prefix"), ("packed", "packed")],
+)
+def test_a_model_that_attends_by_segments_gets_the_layout(wanted, kind):
+    logprobs = Spying(PolicySettings(batch_layout=wanted))
+    logprobs.compute(make_model("llama"), make_batch())
     assert logprobs.kinds == [kind]
 
 
-def test_a_rectangle_of_rows_is_cheaper_than_one_long_row_when_attention_weighs():
-    # 2 groups of 100 tokens: one row of 200 costs 200 * (1 + 200 / 64), two of 100 cost 200 * (1 + 100 / 64)
-    cost = cost_of(32)
-    assert cost(1, 200) == pytest.approx(200 * (1 + 200 / 64))
-    assert cost(2, 100) < cost(1, 200)
+def test_tokens_of_rows_are_those_of_their_layout():
+    batch = rows_of((20, [5, 6, 7]), (3, [9]))
+    logprobs = LogProbs(PolicySettings(router_aux_loss_coef=0.0))
+    # Before a model is seen: a rectangle, of which the last tokens of completions are no part.
+    assert logprobs.tokens(batch) == 4 * (20 + 6)
+    logprobs.compute(make_model("llama"), batch)
+    assert logprobs.tokens(batch) == 20 + 4 + 5 + 6 + 3 + 8
 
 
-def break_masks(model):
-    """Make the model forget every mask that it has not made itself."""
-    plain = model.model.forward
+def lose_segments(model):
+    """Make the model's attention see the whole row before a token: everything in one tree."""
+    for layer in model.model.layers:
+        plain = layer.self_attn.forward
 
-    def forward(self, *args, attention_mask=None, **kwargs):
-        ours = attention_mask is not None and attention_mask.dim() != 2
-        return plain(*args, attention_mask=None if ours else attention_mask, **kwargs)
+        def forward(self, *args, plain=plain, **kwargs):
+            if NAME in kwargs:
+                inputs = kwargs[NAME]
+                whole = Segments((Tree(inputs.segments.tokens),), torch.device("cpu"))
+                kwargs[NAME] = SegmentInputs(whole, inputs.softcaps)
+            return plain(*args, **kwargs)
 
-    model.model.forward = types.MethodType(forward, model.model)
+        layer.self_attn.forward = types.MethodType(forward, layer.self_attn)
     return model
 
 
-def test_a_model_that_ignores_our_masks_falls_back_with_a_warning():
+def test_a_model_that_sees_too_much_falls_back_with_a_warning():
     batch, model = make_batch(), make_model("mistral-window")
     expected, _ = naive_scores(model, batch)
     logprobs = Spying(PolicySettings())
     with pytest.warns(UserWarning, match=r"leaves out 'shared_prefix' .* differ by .* nats"):
-        scores = logprobs.compute(break_masks(model), batch)
+        scores = logprobs.compute(lose_segments(model), batch)
     torch.testing.assert_close(scores.logps, expected, rtol=1e-6, atol=1e-6)
-    assert logprobs.kinds == ["padded"] or logprobs.kinds == [
-        "packed"
-    ]  # packing is found from positions, without a mask
+    assert logprobs.kinds == ["padded"]
 
 
-def test_a_model_that_fails_on_our_masks_falls_back_with_a_warning():
+def test_a_model_that_keeps_our_keyword_falls_back_with_a_warning():
     model = make_model("llama")
     plain = model.model.forward
 
-    def forward(self, *args, attention_mask=None, **kwargs):
-        assert attention_mask is None or attention_mask.dim() == 2, "no masks but my own"
-        return plain(*args, attention_mask=attention_mask, **kwargs)
+    def forward(self, *args, **kwargs):
+        kwargs.pop(NAME, None)
+        return plain(*args, **kwargs)
 
     model.model.forward = types.MethodType(forward, model.model)
-    with pytest.warns(
-        UserWarning, match="the model fails with AssertionError: no masks but my own"
-    ):
+    with pytest.warns(UserWarning, match="fails with ValueError: the model does not hand keywords"):
         LogProbs(PolicySettings()).compute(model, make_batch())
 
 
@@ -121,50 +128,80 @@ def test_a_layout_that_is_asked_for_and_wrong_is_an_error():
         ValueError,
         match=r"batch_layout='shared_prefix' does not work for LlamaForCausalLM .* 'padded'",
     ):
-        logprobs.compute(break_masks(make_model("llama")), make_batch())
+        logprobs.compute(lose_segments(make_model("llama")), make_batch())
 
 
-def test_an_attention_without_masks_is_an_error_or_the_rectangle():
-    model, logprobs = make_model("llama"), LogProbs(PolicySettings(batch_layout="packed"))
-    logprobs.compute(model, make_batch())  # which flash attention, not installed here, could not
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(
-        ValueError, match="takes no mask of ours; use one of sdpa, eager, flex_attention"
-    ):
-        logprobs.compute(model, make_batch())
+def test_attention_that_drops_weights_keeps_to_the_rectangle():
+    model = make_model("llama", attention_dropout=0.5)
+    with pytest.warns(UserWarning, match=r"drops weights at the rate 0.5 \(see disable_dropout\)"):
+        LogProbs(PolicySettings()).compute(model, make_batch())
 
 
-@pytest.mark.parametrize("name", ["gemma3-window", "mistral-window", "llama"])
-def test_additive_masks_of_eager_attention_work_too(name):
+@pytest.mark.parametrize(
+    "name", ["gemma2-window-softcap", "gemma3-window", "gpt-oss", "mistral-window", "llama"]
+)
+def test_models_with_eager_attention_attend_by_segments_too(name):
+    """Soft caps and sinks among them, which transformers' sdpa leaves out."""
     batch, model = make_batch(), make_model(name, attn_implementation="eager")
+    with float64_throughout():
+        logps, entropy = naive_scores(model, batch)
+        expected = gradients(weighted(logps, entropy, torch.arange(len(batch))), model)
+        logprobs = LogProbs(PolicySettings(batch_layout="shared_prefix"))
+        loss = logprobs.loss(model, batch, weighted_rows(batch))
+        found = gradients(loss, model)
+    torch.testing.assert_close(loss.item(), weighted(logps, entropy, torch.arange(9)).item())
+    assert_same_gradients(found, expected, rtol=1e-10, atol=1e-10)
     assert model.config._attn_implementation == "eager"
+
+
+def test_soft_caps_count_with_eager_attention():
+    """The test above would not feel a cap of 50."""
+    batch = make_batch()
+    options = {"attn_logit_softcapping": 1.0, "attn_implementation": "eager"}
+    model = make_model("gemma2-window-softcap", **options)
     expected, _ = naive_scores(model, batch)
     scores = LogProbs(PolicySettings(batch_layout="shared_prefix")).compute(model, batch)
     torch.testing.assert_close(scores.logps, expected, rtol=1e-6, atol=1e-6)
+    without, _ = naive_scores(make_model("gemma2-window-softcap"), batch)
+    assert (expected - without).abs().max() > 0.1
 
 
 def test_each_kind_of_model_is_checked_once():
     logprobs, batch = Spying(PolicySettings()), make_batch()
     model = logprobs.counting(make_model("llama"))
     logprobs.compute(model, batch)
-    assert (
-        logprobs.forwards == 1 + 3 + 1
-    )  # what follows the head; padded, packed, shared prefix; the batch
+    # what follows the head; the rectangle, its four rows by themselves, the shared prefix; the batch
+    assert logprobs.forwards == 1 + 1 + 4 + 1 + 1
     logprobs.compute(model, batch)
-    assert logprobs.forwards == 6
+    assert logprobs.forwards == 9
 
 
-def test_a_resumed_scorer_believes_what_the_first_one_found():
+def test_a_resumed_run_believes_what_the_first_one_found():
     batch = make_batch()
     first = LogProbs(PolicySettings())
     with pytest.warns(UserWarning):
-        first.compute(break_masks(make_model("llama")), batch)
+        first.compute(lose_segments(make_model("llama")), batch)
     second = Spying(PolicySettings())
     second.load_state_dict(first.state_dict())
     second.compute(second.counting(make_model("llama")), batch)
     assert second.forwards == 2
     assert second.state_dict() == first.state_dict()
-    assert "shared_prefix" not in second.kinds
+    assert second.kinds == ["padded"]
+
+
+def test_a_resumed_run_checks_what_the_first_one_did_not():
+    """Under 'padded' nothing is checked, and a model of another dtype is another kind."""
+    batch = make_batch()
+    first = LogProbs(PolicySettings(batch_layout="padded"))
+    first.compute(make_model("llama"), batch)
+    second = Spying(PolicySettings())
+    second.load_state_dict(first.state_dict())
+    with pytest.warns(UserWarning, match="leaves out"):
+        second.compute(lose_segments(make_model("llama")), batch)
+    third = Spying(PolicySettings())
+    third.load_state_dict(second.state_dict())
+    third.compute(make_model("llama", torch.float32), batch)
+    assert second.kinds == ["padded"] and third.kinds == ["shared_prefix"]
 
 
 def test_the_rows_of_the_check_hold_a_group_whatever_the_batch_holds():
@@ -182,7 +219,11 @@ def test_the_rows_of_the_check_hold_a_group_whatever_the_batch_holds():
 
 
 def test_tolerances_grow_with_the_rounding_of_the_dtype():
-    ordered = [
-        tolerance(dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    ]
-    assert ordered == sorted(TOLERANCE.values())
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    assert [tolerance(dtype, 0.0) for dtype in dtypes] == sorted(TOLERANCE.values())
+
+
+def test_tolerances_grow_with_the_noise_of_the_rectangle():
+    assert tolerance(torch.float32, 1e-5) == TOLERANCE[torch.float32]
+    assert tolerance(torch.bfloat16, 0.025) == pytest.approx(0.075)
+    assert tolerance(torch.bfloat16, 0.3) == 0.2

@@ -1,0 +1,150 @@
+"""Attention by segments inside of a model: one row of tokens, no mask.
+
+The segments of a forward pass travel as a keyword through the model to our attention function.  The
+model is switched to that function for its forward pass; layers that are computed again in the
+backward pass (gradient checkpointing) switch to it themselves, where they get the keyword.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gmpo.attention.attend import attend
+from gmpo.attention.door import reach_of, switched
+from gmpo.attention.kernels import AttentionParams
+from gmpo.attention.segments import Segments
+
+NAME = "gmpo_segments"  # of our attention function, and of the keyword
+
+# Where attention layers keep the rate at which they drop weights.
+DROPOUT_NAMES = (
+    "attention_dropout",
+    "attn_dropout",
+    "attn_drop",
+    "dropout",
+    "dropout_p",
+    "dropout_prob",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInputs:
+    """What our attention function is told of a forward pass."""
+
+    segments: Segments
+    softcaps: bool  # the model's own attention function bounds its scores
+
+
+@contextmanager
+def attention_by_segments(model: nn.Module, segments: Segments) -> Iterator[dict[str, Any]]:
+    """Within the block `model` attends by `segments`, if it is called with the keywords that are yielded."""
+    _prepare_layers(model)
+    with switched(model, NAME) as names:
+        # transformers' sdpa leaves soft caps out, and so do we, to compute what the model computes.
+        yield {NAME: SegmentInputs(segments, softcaps="sdpa" not in names)}
+
+
+def attention_dropout(model: nn.Module) -> float:
+    """Return the largest rate at which an attention layer drops weights; 0 in most models."""
+    rates = [0.0]
+    for module in attention_layers(model):
+        for name in DROPOUT_NAMES:
+            rate = getattr(module, name, 0.0)
+            rate = getattr(rate, "p", rate)  # nn.Dropout
+            if isinstance(rate, int | float):
+                rates.append(float(rate))
+    return max(rates)
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that transformers calls with a layer number and a config, as attention is."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "config")
+    ]
+
+
+@torch.compiler.disable  # a compiled model goes on after it; it would be compiled for each row
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Return attention by the segments among the keywords, as transformers calls attention functions.
+
+    Args:
+        query: [1, Hq, L, D].
+        key, value: [1, Hk, L, D].
+
+    Returns:
+        [1, L, Hq, D], and None for the weights.
+    """
+    inputs: SegmentInputs | None = keywords.get(NAME)
+    if inputs is None:
+        raise ValueError("the model does not hand keywords on to its attention")
+    if dropout:
+        raise ValueError(
+            f"attention drops weights at the rate {dropout:g}, which only batch_layout='padded' can. "
+            "Set disable_dropout=True."
+        )
+
+    params = AttentionParams(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=keywords.get("softcap") if inputs.softcaps else None,
+        sinks=keywords.get("s_aux"),
+    )
+    # Rotary embeddings are wider under autocast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    tokens_first = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    output = attend(*tokens_first, inputs.segments, reach_of(module, keywords), params)
+    return output[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, segment_attention)
+
+
+# -- layers that are computed again ------------------------------------------------------------------
+
+_prepared: WeakSet[nn.Module] = WeakSet()
+
+
+def _prepare_layers(model: nn.Module) -> None:
+    """Hook into the attention layers of `model`, once."""
+    if model in _prepared:
+        return
+    for layer in attention_layers(model):
+        switch = _LayerSwitch()
+        layer.register_forward_pre_hook(switch.enter, with_kwargs=True)
+        layer.register_forward_hook(switch.leave, always_call=True)
+    _prepared.add(model)
+
+
+class _LayerSwitch:
+    """The switch of one layer, which acts where the model itself is not switched any more."""
+
+    def __init__(self) -> None:
+        self.before: str | None = None
+
+    def enter(self, layer: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Use our attention function if the layer is called with segments."""
+        if NAME in keywords and layer.config._attn_implementation_internal != NAME:
+            self.before = layer.config._attn_implementation_internal
+            layer.config._attn_implementation_internal = NAME
+
+    def leave(self, layer: Any, args: tuple[Any, ...], output: object) -> None:
+        """Use the layer's own attention function again."""
+        if self.before is not None:
+            layer.config._attn_implementation_internal = self.before
+            self.before = None
