@@ -6,9 +6,9 @@ their log-sum-exps, which is exact:
 
     o = (e^a o_prompt + e^b o_own) / (e^a + e^b),    a, b = log-sum-exp of the scores of either part
 
-segments.py  which queries meet which keys: runs of tokens, cut into calls of a kernel
+segments.py  the queries and keys that meet: runs of tokens, cut into calls of a kernel
 kernels.py   attention of queries to keys, with its log-sum-exp, forward and backward
 merge.py     merging by log-sum-exp, and sinks
 attend.py    attention of a row of segments as one differentiable function
-door.py      how transformers' layers come here: their window, their sinks, their name for us
+door.py      the way of transformers' layers to us: a name in their config, their window
 """

@@ -1,4 +1,4 @@
-"""Which queries meet which keys in a row of segments: index arithmetic only.
+"""The queries and keys that meet in a row of segments: index arithmetic only.
 
 A row is a list of trees, one after another.  A tree is a prompt and the completions that continue
 it.  Positions count from 0 at each prompt's start, and each completion goes on where its prompt

@@ -31,8 +31,8 @@ class PolicySettings:
     batch_layout: str = option(
         "auto",
         "How rows are laid out for the model: 'shared_prefix' runs each prompt once for its group, 'packed' runs rows "
-        "back to back, 'padded' is the plain rectangle. 'auto' takes the cheapest that the model supports, and checks "
-        "it.",
+        "back to back, 'padded' is the plain rectangle. 'auto' is 'shared_prefix' where the model attends by segments, "
+        "which is checked, else 'padded'.",
         choices=("auto", "shared_prefix", "packed", "padded"),
     )
     max_tokens_per_chunk: int | None = option(

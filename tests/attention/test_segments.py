@@ -66,7 +66,8 @@ def met(trees, reach):
     """How often each query meets each key, over all pieces, [L, L]."""
     length = sum(tree.tokens for tree in trees)
     count = torch.zeros(length, length, dtype=torch.int64)
-    for piece in sum(pieces(trees, reach), []):
+    own, prompts = pieces(trees, reach)
+    for piece in (*own, *prompts):
         queries = slice(piece.query, piece.query + piece.num_queries)
         keys = slice(piece.key, piece.key + piece.num_keys)
         count[queries, keys] += seen(piece, reach)

@@ -114,11 +114,6 @@ def training_shapes(run: Run) -> Any:
     ]
 
 
-def mask_axes(run: Run) -> Any:
-    """Axes of the attention masks in training: 2 mark padding, 4 say which token sees which."""
-    return {len(call["attention_mask"]) for call in run.forwards if call["training"]}
-
-
 def caches(run: Run) -> Any:
     """Kinds of the caches that the model is called with."""
     return sorted(

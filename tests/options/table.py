@@ -79,7 +79,9 @@ POLICY: dict[str, Row] = {
     "pad_to_multiple_of": Acts(
         16, lambda run: {shape[1] % 16 for shape in o.training_shapes(run)}, to={0}, given=PADDED
     ),
-    "batch_layout": Acts("packed", o.mask_axes, to={4}, given=PADDED),
+    "batch_layout": Acts(
+        "packed", lambda run: {shape[0] for shape in o.training_shapes(run)}, to={1}, given=PADDED
+    ),
     "max_tokens_per_chunk": Acts(20, lambda run: len(o.training_shapes(run))),
     "sync_ref_model": Checked(checks.sync_ref_model),
     "ref_model_mixup_alpha": Acts(1.0, o.reference, to=o.weights, given=SYNCED),

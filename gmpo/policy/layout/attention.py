@@ -107,8 +107,14 @@ def segment_attention(
     )
     # Rotary embeddings are wider under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    tokens_first = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-    output = attend(*tokens_first, inputs.segments, reach_of(module, keywords), params)
+    output = attend(
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        inputs.segments,
+        reach_of(module, keywords),
+        params,
+    )
     return output[None], None
 
 

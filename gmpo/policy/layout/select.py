@@ -1,4 +1,4 @@
-"""Which layout a model gets: one row of segments if it attends by them as it should, else the plain rectangle."""
+"""The layout that a model gets: one row of segments if it attends by them as it should, else a rectangle."""
 
 import dataclasses
 import inspect
