@@ -259,6 +259,16 @@ def test_a_seed_gives_the_same_completions_whatever_else_is_asked_for(engine):
     assert len({tuple(completion.ids) for completion in alone[0]}) > 1
 
 
+def test_a_group_over_ranks_gets_the_samples_of_the_whole_group(engine):
+    engine, _ = engine
+    prompt = Prompt([5, 6], "text")
+    (whole,) = engine.generate([Request(prompt, 4, 77)], Sampling(10))
+    ranks = [Request(prompt, 2, 77, 0), Request(prompt, 2, 77, 2)]
+    parts = [engine.generate([request], Sampling(10))[0] for request in ranks]
+    assert [c.ids for c in parts[0] + parts[1]] == [c.ids for c in whole]
+    assert len({tuple(c.ids) for c in whole}) > 1
+
+
 def test_a_completion_ends_with_the_end_token_or_at_its_budget(engine):
     engine, _ = engine
     (completions,) = engine.generate([request([5, 6], count=40)], Sampling(16))

@@ -140,7 +140,14 @@ def scaled(value: float | dict[str, float], scale: float) -> float | dict[str, f
 
 
 def engine_seed(request: Request) -> int:
-    return request.seed % SEEDS
+    """Return the seed of a request; vLLM draws sample i of it with the seed plus i.
+
+    Example:
+        A group of 4 with the seed 77, spread over two ranks: the second asks for 2 samples from
+        `first` = 2, so for the seed 79, and vLLM draws them with 79 and 80, as it draws samples 2
+        and 3 of the whole group.
+    """
+    return request.seed % SEEDS + request.first
 
 
 def check_room(

@@ -17,13 +17,15 @@ FACTS = {
 
 
 class FakeVllm:
-    """Answers on a port of its own.  `answers[path]` replaces what a path is answered with.
+    """Answers on its own port.  `answers[path]` replaces what a path is answered with.
 
-    An answer is a dict or list (JSON, status 200), (status, bytes), or a function of the handler that writes it.
+    An answer is a dict or list (JSON, status 200), (status, bytes), or a function of the handler
+    that writes it.  `choices(fake, body)` gives the completions of a request.
     """
 
-    def __init__(self, *, token=None, answers=None):
+    def __init__(self, *, token=None, answers=None, choices=None):
         self.token = token
+        self.choices = choices or FakeVllm.all_choices
         self.answers = dict(answers or {})
         self.requests = []  # (path without query, body) in order
         self.version = "default"
@@ -111,7 +113,10 @@ class FakeVllm:
         if params.get("prompt_logprobs") is not None:
             reports = [None, *({str(token): {"logprob": -1.0}} for token in body["token_ids"][1:])]
             return {"choices": [], "prompt_logprobs": reports}
-        return {"choices": [self.choice(number, body) for number in range(params["n"])]}
+        return {"choices": self.choices(self, body)}
+
+    def all_choices(self, body):
+        return [self.choice(number, body) for number in range(body["sampling_params"]["n"])]
 
     def choice(self, number, body, **changes):
         """Completion `number` of a prompt: its last token and the number, and the end."""

@@ -104,6 +104,17 @@ def test_seeds_leave_room_for_the_number_of_a_sample():
     assert engine_seed(Request(Prompt([1], ""), 4, 12)) == 12
 
 
+@pytest.mark.parametrize("seed", [77, 2**62 - 2, 2**64 - 1])
+def test_a_sample_has_one_seed_however_its_group_is_cut(seed):
+    """vLLM adds a sample's number within its request to the seed."""
+
+    def seeds(count, first):
+        start = engine_seed(Request(Prompt([1], ""), count, seed, first))
+        return [start + number for number in range(count)]
+
+    assert seeds(2, 0) + seeds(2, 2) == seeds(1, 0) + seeds(3, 1) == seeds(4, 0)
+
+
 def test_what_does_not_fit_is_named():
     request = Request(Prompt([3] * 10, "the prompt"), 1, 0)
     check_room([request], options().options, 18, remedy="Do")

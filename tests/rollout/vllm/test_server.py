@@ -1,5 +1,6 @@
 """The server engine against servers that behave and servers that don't."""
 
+import random
 import time
 
 import pytest
@@ -57,6 +58,29 @@ def test_each_prompt_is_sent_once_with_its_count_and_its_seed():
         ([7], 3),
     ]
     assert {body["sampling_params"]["seed"] for body in bodies} == {5, (2**63 + 1) % 2**62}
+
+
+def test_a_group_over_ranks_gets_the_samples_of_the_whole_group():
+    """The fake draws sample i of a request with its seed plus i, as vLLM does."""
+
+    def drawing(server, body):
+        params = body["sampling_params"]
+        sampled = []
+        for number in range(params["n"]):
+            ids = random.Random(params["seed"] + number).choices(range(2, 16), k=5)
+            logprobs = {"content": [{"token_id": token, "logprob": -0.5} for token in ids]}
+            changes = {"token_ids": ids, "logprobs": logprobs, "finish_reason": "length"}
+            sampled.append(server.choice(number, body, **changes))
+        return sampled
+
+    with FakeVllm(choices=drawing) as server:
+        it = engine(server)
+        it.publish(0)
+        prompt = Prompt([3], "text")
+        (whole,) = it.generate([Request(prompt, 4, 77)], SAMPLING)
+        parts = it.generate([Request(prompt, 2, 77, 0), Request(prompt, 2, 77, 2)], SAMPLING)
+    assert parts[0] + parts[1] == whole
+    assert len({tuple(completion.ids) for completion in whole}) == 4
 
 
 def test_weights_are_published_when_the_version_changes_and_only_then():
