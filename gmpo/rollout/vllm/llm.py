@@ -1,5 +1,6 @@
 """vLLM's LLM in this process: what it is started with, and how it is ended."""
 
+import copy
 import dataclasses
 import inspect
 import os
@@ -19,6 +20,7 @@ from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.inside.names import BACKEND, CPU_BLOCK
 from gmpo.rollout.vllm.inside.worker import register
+from gmpo.rollout.weights.named import check_publishable
 from gmpo.unwrap import without_adapter
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ def start_engine(
     """
     check_ranks(settings.vllm_tensor_parallel_size)
     with distributed.raise_on_all_ranks("prepare a vLLM engine"):
-        without_adapter(policy).config.save_pretrained(folder)
+        check_publishable(policy)
+        save_config(policy, folder)
         tokenizer.save_pretrained(folder)
 
     # vLLM reads these when it is imported: the engine is in this process, not in one of its own.
@@ -89,6 +92,17 @@ def start_engine(
         check_known(extra, LLM)
         register()
         return LLM(**engine_arguments(settings, policy, run=run, folder=folder, dtype=dtype))
+
+
+def save_config(policy: PreTrainedModel, folder: str) -> None:
+    """Save the policy's config as that of a model with the weights that will be published.
+
+    They are dequantised, so that vLLM must not expect quantised ones.
+    """
+    config = copy.deepcopy(without_adapter(policy).config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
 
 
 def engine_kwargs(settings: RolloutSettings) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from gmpo.rollout.weights.adapters import (
     adapter_unsupported_reason,
     write_adapter,
 )
-from gmpo.rollout.weights.named import description
+from gmpo.rollout.weights.named import check_publishable, description
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class ServerEngine:
     def _connect(self, seconds: float) -> None:
         """Find the servers; they have no weights of ours then.  Every rank must call."""
         with raise_on_all_ranks("reach the vLLM server"):
+            check_publishable(self.policy())
             self.fleet.connect(seconds)
             if self.leads and self.fleet.is_ours:
                 self.fleet.init_weight_transfer_engine(

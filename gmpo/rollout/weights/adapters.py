@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gmpo.rollout.weights.quantized import check_not_packed, dequantized, is_quantized
 from gmpo.sharding import full_tensor
 
 # PEFT's classes: gmpo runs without PEFT.
@@ -23,6 +24,15 @@ def trained_copy(wrapper: AdapterLayer) -> nn.Module:
 def is_adapter_layer(module: nn.Module) -> bool:
     """Return whether `module` is PEFT's wrapper around a layer."""
     return all(hasattr(module, name) for name in ("base_layer", "merge", "active_adapters"))
+
+
+def whole_weight(layer: nn.Module, name: str) -> Tensor:
+    """Return a weight without sharding and quantisation.  Every rank must call."""
+    if name == "weight" and is_quantized(layer):
+        return dequantized(layer).detach()
+    tensor = full_tensor(getattr(layer, name))
+    check_not_packed(f"{type(layer).__name__}.{name}", tensor)
+    return tensor
 
 
 def merged_names(layer: AdapterLayer) -> tuple[str, ...]:
@@ -57,7 +67,7 @@ def merged(layer: AdapterLayer, name: str) -> Tensor:
 
 def is_plain_lora(layer: AdapterLayer) -> bool:
     """Return whether base + scaling * B A is all that the active adapters of a layer do."""
-    if not hasattr(layer, "lora_A") or hasattr(layer.base_layer.weight, "quant_state"):
+    if not hasattr(layer, "lora_A"):
         return False
     for name in layer.active_adapters:
         if layer.lora_variant.get(name) or layer.lora_bias.get(name):
@@ -68,7 +78,7 @@ def is_plain_lora(layer: AdapterLayer) -> bool:
 
 def plain_lora_weight(layer: AdapterLayer) -> Tensor:
     """Return base + scaling * B A over the active adapters, summed in float32."""
-    base = full_tensor(layer.base_layer.weight)
+    base = whole_weight(layer.base_layer, "weight")
     total = base.float()
     for name in layer.active_adapters:
         delta = lora_product(layer, name)

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gmpo.rollout.weights.adapters import is_adapter_layer, merged, merged_names, trained_copy
-from gmpo.sharding import WRAPPERS, full_tensor
+from gmpo.rollout.weights.adapters import (
+    is_adapter_layer,
+    merged,
+    merged_names,
+    trained_copy,
+    whole_weight,
+)
+from gmpo.rollout.weights.quantized import check_not_packed, is_quantized
+from gmpo.sharding import WRAPPERS
 from gmpo.unwrap import uses_prompt_learning, without_adapter
 
 NamedTensor = tuple[str, Tensor]
@@ -24,7 +31,7 @@ def named_weights(
 
     Adapters are merged out of place, in float32, one layer at a time: the policy itself is never
     touched.  Tied weights come once.  Making a sharded weight whole is a collective: every rank
-    must iterate, to the end.
+    must iterate, to the end.  Weights of bitsandbytes are dequantised.
 
     Args:
         policy: A transformers model, bare, sharded by FSDP2 or ZeRO-3, or a PEFT model of one; no
@@ -33,7 +40,8 @@ def named_weights(
         dtype: Cast floating-point weights to it; None leaves them as they are.
 
     Raises:
-        ValueError: An adapter that can't be merged from shards, or that makes tied weights differ.
+        ValueError: An adapter that can't be merged from shards, or that makes tied weights differ,
+            or a quantised weight that can't be dequantised.
     """
     if uses_prompt_learning(policy):
         raise ValueError(
@@ -49,6 +57,15 @@ def named_weights(
                 tensor = tensor.to(dtype)
             renamed = rename(name, tensor)
         yield from renamed
+
+
+def check_publishable(policy: PreTrainedModel) -> None:
+    """Raise a ValueError if the policy has weights that an engine with a copy can't be given."""
+    for name, module in walk(without_adapter(policy), ""):
+        layer = wrapped_layer(module)
+        for weight_name, tensor in own_weights(module):
+            if not is_quantized(layer):
+                check_not_packed(f"{name}.{weight_name}", tensor)
 
 
 def description(policy: PreTrainedModel) -> dict[str, Any]:
@@ -123,7 +140,7 @@ def weight_makers(model: nn.Module, *, merge: bool) -> Iterator[NamedMaker]:
                 adapted.add(id(tensor))
                 make = partial(merged, module, weight_name)
             else:
-                make = partial(full_tensor, tensor)
+                make = partial(whole_weight, wrapped_layer(module), weight_name)
             yield (f"{name}.{weight_name}" if name else weight_name), make
 
 
@@ -140,9 +157,15 @@ def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from walk(child, ".".join(parts))
 
 
+def wrapped_layer(module: nn.Module) -> nn.Module:
+    """Return the layer that an adapter's wrapper wraps, or the module itself."""
+    layer: Any = module
+    return layer.base_layer if is_adapter_layer(module) else module
+
+
 def own_weights(module: nn.Module) -> Iterator[NamedTensor]:
     """Yield the parameters and persistent buffers of a module itself, or of the layer it wraps."""
-    layer: Any = module.base_layer if is_adapter_layer(module) else module
+    layer = wrapped_layer(module)
     yield from layer.named_parameters(recurse=False)
     for name, buffer in layer.named_buffers(recurse=False):
         if name not in layer._non_persistent_buffers_set:
