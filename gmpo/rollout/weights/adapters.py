@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gmpo.rollout.weights.quantized import check_not_packed, dequantized, is_quantized
-from gmpo.sharding import full_tensor
+from gmpo.sharding import WRAPPERS, full_tensor
 
 # PEFT's classes: gmpo runs without PEFT.
 AdapterLayer = Any
@@ -162,5 +162,14 @@ def write_adapter(policy: PeftModel, state: dict[str, Tensor], folder: str) -> N
     config.init_lora_weights = True
     config.inference_mode = True
     config.save_pretrained(folder)
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in plain.items()}
+    tensors = {without_wrappers(key): tensor.cpu().contiguous() for key, tensor in plain.items()}
     save_file(tensors, f"{folder}/adapter_model.safetensors")
+
+
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name without what torch wraps modules in.
+
+    Example:
+        "layers.0._checkpoint_wrapped_module.q_proj.lora_A.weight" -> "layers.0.q_proj.lora_A.weight"
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

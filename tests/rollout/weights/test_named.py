@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gmpo.rollout.weights.adapters import (
@@ -183,3 +184,17 @@ def test_a_written_adapter_is_the_trained_one(tmp_path):
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, policy.eval()(ids).logits)
+
+
+def test_an_adapter_is_written_without_the_names_of_torchs_wrappers(tmp_path):
+    policy, wrapped = adapted(), adapted()
+    layers = wrapped.base_model.model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    for number, it in enumerate((policy, wrapped)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_adapter(it, adapter_state(it), str(folder))
+    plain = load_file(tmp_path / "0" / "adapter_model.safetensors")
+    under_wrappers = load_file(tmp_path / "1" / "adapter_model.safetensors")
+    assert under_wrappers.keys() == plain.keys() and len(plain) > 0
+    assert all(torch.equal(under_wrappers[name], plain[name]) for name in plain)
