@@ -115,7 +115,7 @@ class RolloutSettings:
     vllm_server_port: int = option(8000, "Port of the vLLM server.", low=1, high=65535)
     vllm_server_timeout: float = option(
         240.0,
-        "Seconds that any request to the server may take, and that it may take to appear.",
+        "Seconds without a sign of life after which a server is lost; and that it may take to appear.",
         low=0.0,
         low_open=True,
     )

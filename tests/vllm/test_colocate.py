@@ -269,6 +269,17 @@ def test_a_group_over_ranks_gets_the_samples_of_the_whole_group(engine):
     assert len({tuple(c.ids) for c in whole}) > 1
 
 
+def test_weights_that_are_not_finite_end_the_run(start):
+    policy = small_policy(tied=False)
+    engine = start(policy)
+    engine.publish(0)
+    with torch.no_grad():
+        policy.lm_head.weight[3] = float("nan")
+    engine.publish(1)
+    with pytest.raises(VllmError, match="The logits are not finite"):
+        engine.generate([request([5, 6])], Sampling(4))
+
+
 def test_a_completion_ends_with_the_end_token_or_at_its_budget(engine):
     engine, _ = engine
     (completions,) = engine.generate([request([5, 6], count=40)], Sampling(16))

@@ -312,15 +312,35 @@ def test_paused_during_generation(server):
     assert TIMEOUT <= time.monotonic() - began < TIMEOUT + SLACK
 
 
-def test_a_generation_that_takes_too_long_is_ended_on_both_sides(server):
+def test_a_generation_longer_than_the_timeout_is_waited_for(server):
+    """Also a request that waits in the queue for as long: the server has room for 16 samples."""
     it = engine(server, small_policy(**LONG))
     it.publish(0)
-    channel = it.fleet.clients[0].channel
-    channel.timeout = 5.0
-    with pytest.raises(VllmError, match="/inference/v1/generate was not answered within 5 seconds"):
+    it.fleet.clients[0].channel.timeout = 1.0
+    sampling = Sampling(500, extra={"ignore_eos": True})
+    began = time.monotonic()
+    groups = it.generate([request([5, 6], 16), request([7], 16)], sampling)
+    assert time.monotonic() - began > 2.0  # else this shows nothing
+    assert [len(sample.ids) for group in groups for sample in group] == [500] * 32
+
+
+def test_a_generation_that_is_hung_up_is_ended_on_both_sides(server):
+    it = engine(server, small_policy(**LONG))
+    it.publish(0)
+    after(3.0, it.fleet.clients[0].channel.hang_up)
+    with pytest.raises(VllmError, match="/inference/v1/generate"):
         generating(it)
-    channel.timeout = 240.0
     it.generate([request([5])], Sampling(3))  # the server has dropped the endless ones
+
+
+def test_more_samples_than_the_server_takes_at_a_time(server):
+    """vLLM refuses a request for more than its --max-num-seqs, which is 16 here."""
+    it = engine(server, small_policy(**LONG))
+    it.publish(0)
+    (samples,) = it.generate([request([5, 6], 20, seed=40)], Sampling(6))
+    (last,) = it.generate([Request(Prompt([5, 6], "text"), 4, 40, first=16)], Sampling(6))
+    assert len(samples) == 20
+    assert [sample.ids for sample in samples[16:]] == [sample.ids for sample in last]
 
 
 @pytest.mark.parametrize("step", ["start_weight_update", "update_weights", "finish_weight_update"])

@@ -15,6 +15,7 @@ from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.exactness import ExactnessCheck, prompt_logps
 from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.settings import RolloutSettings
+from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.llm import (
     RunOptions,
     engine_dtype,
@@ -213,7 +214,10 @@ class ColocatedEngine:
         if self.settings.vllm_enable_sleep_mode:
             self._sleep()
 
-        return [completions(output, report=not options.restricted) for output in outputs[mine]]
+        try:
+            return [completions(output, report=not options.restricted) for output in outputs[mine]]
+        except ValueError as error:
+            raise VllmError(f"vLLM returned a malformed completion: {error}.") from None
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -307,9 +311,8 @@ def sampling_params(requests: Sequence[Request], sampling: VllmSampling) -> list
     if isinstance(grammar, dict):
         options["structured_outputs"] = StructuredOutputsParams(**grammar)
 
-    report = None if sampling.restricted else 0
     return [
-        SamplingParams(**options, n=request.count, seed=engine_seed(request), logprobs=report)
+        SamplingParams(**options, n=request.count, seed=engine_seed(request), logprobs=0)
         for request in requests
     ]
 
@@ -318,15 +321,15 @@ def completions(output: "RequestOutput", *, report: bool) -> list[Completion]:
     """Return the samples of one request, in their order.
 
     Args:
+        output: vLLM's.
         report: With the log-probs that vLLM gives.
+
+    Raises:
+        ValueError: One can't be trained on.
     """
-    samples = sorted(output.outputs, key=lambda sample: sample.index)
     result = []
-    for sample in samples:
-        logps = None
-        if report:
-            assert sample.logprobs is not None
-            steps = zip(sample.logprobs, sample.token_ids, strict=True)
-            logps = [step[token].logprob for step, token in steps]
-        result.append(completion(sample.token_ids, sample.finish_reason, logps))
+    for sample in sorted(output.outputs, key=lambda sample: sample.index):
+        steps = zip(sample.logprobs or (), sample.token_ids, strict=True)
+        logps = [step[token].logprob for step, token in steps]
+        result.append(completion(sample.token_ids, sample.finish_reason, logps, report=report))
     return result

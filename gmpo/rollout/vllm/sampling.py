@@ -8,6 +8,7 @@ temperature 1.  Raw log-probs then are exactly those that the trainer computes, 
 the sampling.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ KNOWN = {
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 # Options that vLLM adds to logits, before the temperature divides them.
 ADDED_TO_LOGITS = ("presence_penalty", "frequency_penalty", "logit_bias")
+CLAMPED = -9999.0  # a server's word for log-probs that are not finite
 SEEDS = 2**62  # vLLM adds a sample's number to the seed of its request
 
 
@@ -173,17 +175,31 @@ def check_room(
 
 
 def completion(
-    ids: Sequence[int], finish_reason: str | None, logps: Sequence[float] | None
+    ids: Sequence[int], finish_reason: str | None, logps: Sequence[float], *, report: bool = True
 ) -> Completion:
     """Return one sample, checked.
 
+    Args:
+        ids: Its tokens.
+        finish_reason: vLLM's.
+        logps: One per token; always asked for, since they tell whether the weights are sound.
+        report: The log-probs are of the distribution that gmpo means, so pass them on.
+
     Raises:
-        ValueError: vLLM gave up on it, or its log-probs don't fit its tokens.
+        ValueError: vLLM gave up on it, or its log-probs don't fit its tokens, or are none.
     """
     if finish_reason not in ("stop", "length"):
         raise ValueError(f"a completion ended by {finish_reason!r}, not by 'stop' or 'length'")
-    if logps is not None and len(logps) != len(ids):
+    if len(logps) != len(ids):
         raise ValueError(f"{len(logps)} log-probs came for {len(ids)} tokens")
+
+    for place, (token, logp) in enumerate(zip(ids, logps, strict=True)):
+        if not math.isfinite(logp) or logp <= CLAMPED:
+            raise ValueError(
+                f"token {place} (id {token}) of a completion has the log-prob {logp}. The logits "
+                "are not finite: the weights have diverged, or overflow in the engine's precision. "
+                "Lower the learning rate, or let the engine compute in float32 or bfloat16"
+            )
     return Completion(
-        ids=list(ids), finish_reason=finish_reason, logps=None if logps is None else list(logps)
+        ids=list(ids), finish_reason=finish_reason, logps=list(logps) if report else None
     )

@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,10 @@ from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.client import Client
 from gmpo.rollout.vllm.http.fleet import Fleet
+from gmpo.rollout.vllm.http.samples import finished_samples
 from gmpo.rollout.vllm.sampling import (
     VllmSampling,
     check_room,
-    completion,
     engine_seed,
     vllm_sampling,
 )
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 AT_A_TIME = 64  # requests of one rank
 INCIDENTS = 3  # losses of a server in one collection that are waited for
+
+Samples = list[list[Completion | None]]  # by request; None for a sample that has not come
 
 
 class ServerEngine:
@@ -257,14 +260,9 @@ class ServerEngine:
         self.adapter_folder = folder  # a server may read it again
 
     def _score(self, client: Client, ids: list[int]) -> list[float]:
-        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        answer = client.generate(
-            {"token_ids": ids, "model": self.adapter, "sampling_params": params}
-        )
+        reports = client.prompt_logprobs(ids, adapter=self.adapter, temperature=0.0)
         tokens = [str(token) for token in ids]
-        return prompt_logps(
-            answer["prompt_logprobs"], tokens, lambda report: float(report["logprob"])
-        )
+        return prompt_logps(reports, tokens, lambda report: float(report["logprob"]))
 
     # -- completions -------------------------------------------------------------------------------
 
@@ -281,7 +279,7 @@ class ServerEngine:
         options = vllm_sampling(
             sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex
         )
-        done: list[list[Completion] | None] = [None] * len(requests)
+        done: Samples = [[None] * request.count for request in requests]
 
         def work() -> None:
             with raise_on_all_ranks("get completions from the vLLM server"):
@@ -289,7 +287,7 @@ class ServerEngine:
                 self._fill(done, requests, options)
 
         self._persist(work)
-        return [completions for completions in done if completions is not None]
+        return [[sample for sample in samples if sample is not None] for samples in done]
 
     def _scale_logits(self, options: VllmSampling) -> None:
         """Set the servers' logit scale (see `sampling`).
@@ -300,43 +298,44 @@ class ServerEngine:
             self.fleet.init_weight_transfer_engine({"logits_scale": options.logits_scale})
             self.scale = options.logits_scale
 
-    def _fill(
-        self,
-        done: list[list[Completion] | None],
-        requests: Sequence[Request],
-        options: VllmSampling,
-    ) -> None:
-        """Put the completions of the requests that have none yet into `done`."""
+    def _fill(self, done: Samples, requests: Sequence[Request], options: VllmSampling) -> None:
+        """Put the samples that are missing into `done`, each as soon as it is finished.
+
+        Raises:
+            VllmError: A server failed.  Samples that others finished meanwhile are in `done`.
+        """
         check_room(
             requests,
             options.options,
             self.fleet.longest,
             remedy="Serve with a larger --max-model-len",
         )
-        params, report = self._params(options)
-        open_requests = [number for number in range(len(requests)) if done[number] is None]
-        if not open_requests:
+        missing = missing_samples(done, requests, at_most=self.fleet.max_num_seqs)
+        if not missing:
             return
 
         servers = self.fleet.clients
-        pool = ThreadPoolExecutor(max_workers=min(AT_A_TIME, len(open_requests)))
+        pool = ThreadPoolExecutor(max_workers=min(AT_A_TIME, len(missing)))
         try:
-            futures = {}
-            for number in open_requests:
+            futures = []
+            for number, request in missing:
                 client = servers[(number + distributed.rank()) % len(servers)]
-                futures[number] = pool.submit(
-                    self._complete, client, requests[number], params, report
-                )
-            for number, future in futures.items():
-                done[number] = future.result()
-        except KeyboardInterrupt:
+                samples, start = done[number], request.first - requests[number].first
+                fill = partial(self._complete, client, request, options, samples, start)
+                futures.append(pool.submit(fill))
+            for future in as_completed(futures):
+                future.result()
+        except BaseException as error:
             # Cancel first, or others would begin in the place of those that are cut.
             pool.shutdown(wait=False, cancel_futures=True)
-            for client in servers:
-                client.channel.hang_up()
+            # If a lost server is waited for, samples of the others are still of use.
+            patient = self.settings.vllm_server_reconnect > 0 and getattr(error, "lost", False)
+            if not patient:
+                for client in servers:
+                    client.channel.hang_up()
             raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True)
 
     def _params(self, options: VllmSampling) -> tuple[dict[str, Any], bool]:
         """Return the sampling options for these servers, and whether to use their log-probs."""
@@ -347,34 +346,33 @@ class ServerEngine:
         return options.options, fits and not options.restricted
 
     def _complete(
-        self, client: Client, request: Request, params: dict[str, Any], report: bool
-    ) -> list[Completion]:
-        """Return the completions of one request, from one server."""
-        logprobs = 0 if report else None
-        own = {"n": request.count, "seed": engine_seed(request), "logprobs": logprobs}
-        answer = client.generate(
+        self,
+        client: Client,
+        request: Request,
+        options: VllmSampling,
+        samples: list[Completion | None],
+        start: int,
+    ) -> None:
+        """Put the completions of one request, from one server, into `samples[start:]`."""
+        params, report = self._params(options)
+        own = {"n": request.count, "seed": engine_seed(request), "logprobs": 0}
+        parts = client.complete(
             {
                 "token_ids": request.prompt.ids,
                 "model": self.adapter,
                 "sampling_params": {**params, **own},
             }
         )
-
         try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if len(choices) != request.count:
-                raise ValueError(f"{len(choices)} completions came for {request.count}")
-            completions = [as_completion(choice, report=report) for choice in choices]
+            for number, sample in finished_samples(parts, request.count):
+                completion = sample.finished(report=report)
+                if sample.ids:
+                    self._check_version(client, sample.versions)
+                samples[start + number] = completion
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VllmError(
                 f"{client.address} returned a malformed completion: {error!r}."
             ) from None
-
-        for choice in choices:
-            if choice["token_ids"]:
-                spans = choice.get("weight_versions") or []
-                self._check_version(client, {span["version"] for span in spans})
-        return completions
 
     def _check_version(self, client: Client, seen: set[str]) -> None:
         if seen != {self.tag}:
@@ -391,19 +389,29 @@ class ServerEngine:
             shutil.rmtree(self.adapter_folder, ignore_errors=True)
 
 
-def as_completion(choice: dict[str, Any], *, report: bool) -> Completion:
-    """Return one choice of an answer as a completion.
+def missing_samples(
+    done: Samples, requests: Sequence[Request], *, at_most: int
+) -> list[tuple[int, Request]]:
+    """Return requests for the samples that are missing, each with the number of its group.
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: It is malformed.
+    Args:
+        done: The samples of each request so far, None where one is missing.
+        requests: What was asked for.
+        at_most: Samples that a server takes per request.
+
+    Example:
+        A request for 6 samples from number 8 on, of which the third has come, at most 2 at a time:
+        requests for 2 from 8 on, 2 from 11 on, and 1 from 13 on.
     """
-    ids = choice["token_ids"]
-    if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise ValueError(f"token_ids={str(ids)[:80]}")
-    if not report:
-        return completion(ids, choice["finish_reason"], None)
-
-    steps = choice["logprobs"]["content"]
-    if [step["token_id"] for step in steps] != ids:
-        raise ValueError("its log-probs are of other tokens")
-    return completion(ids, choice["finish_reason"], [float(step["logprob"]) for step in steps])
+    result = []
+    for number, (samples, request) in enumerate(zip(done, requests, strict=True)):
+        start = 0
+        while start < len(samples):
+            end = start
+            while end < min(len(samples), start + at_most) and samples[end] is None:
+                end += 1
+            if end > start:
+                part = replace(request, count=end - start, first=request.first + start)
+                result.append((number, part))
+            start = max(end, start + 1)
+    return result

@@ -13,7 +13,9 @@ FACTS = {
     "device": "cpu",
     "workers": 1,
     "takes_adapters": False,
+    "max_num_seqs": 256,
 }
+GENERATE = "/inference/v1/generate"
 
 
 class FakeVllm:
@@ -79,6 +81,8 @@ class FakeVllm:
             answer = self._answer(path, body)
         if callable(answer):
             return answer(handler)
+        if path == GENERATE and body.get("stream") and isinstance(answer, dict | list):
+            return stream(handler, events_of(answer))
         status, data = answer if isinstance(answer, tuple) else (200, json.dumps(answer).encode())
         return reply(handler, status, data)
 
@@ -104,7 +108,7 @@ class FakeVllm:
             self.updates.append(body["update_info"])
         if path == "/finish_weight_update":
             self.active = False
-        if path == "/inference/v1/generate":
+        if path == GENERATE:
             return self._generate(body)
         return {"success": True}
 
@@ -140,6 +144,46 @@ def reply(handler, status, data):
     handler.send_header("Content-Length", str(len(data)))
     handler.end_headers()
     handler.wfile.write(data)
+
+
+def events_of(answer):
+    """A stream's events: of each well-formed choice the first token, and later all that follows."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list):
+        return [answer]
+    begins, ends = [], []
+    for choice in choices:
+        ids = choice["token_ids"]
+        steps = (choice.get("logprobs") or {}).get("content")
+        if not (isinstance(ids, list) and isinstance(steps, list) and len(ids) == len(steps)):
+            ends.append(choice)
+            continue
+        begin = {"index": choice["index"], "finish_reason": None}
+        begins.append({**begin, "token_ids": ids[:1], "logprobs": {"content": steps[:1]}})
+        ends.append({**choice, "token_ids": ids[1:], "logprobs": {"content": steps[1:]}})
+    return [{"choices": [choice]} for choice in (*begins, *ends)]
+
+
+def stream(handler, events, *, pause=0.0, end=True):
+    """Write server-sent events, as vLLM does.
+
+    Args:
+        pause: Seconds before each event.
+        end: Write the last event, which says that this was all.
+    """
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    lines = [json.dumps(event).encode() for event in events] + [b"[DONE]"] * end
+    for line in lines:
+        time.sleep(pause)
+        data = b"data: " + line + b"\n\n"
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        handler.wfile.flush()
+    if end:
+        handler.wfile.write(b"0\r\n\r\n")
+    else:
+        handler.close_connection = True
 
 
 def silent(handler):

@@ -130,3 +130,11 @@ def test_a_completion_is_finished_and_has_a_log_prob_per_token():
         completion([4], "abort", [-1.0])
     with pytest.raises(ValueError, match="1 log-probs came for 2 tokens"):
         completion([4, 5], "stop", [-1.0])
+    assert completion([4], "stop", [-1.0], report=False).logps is None
+
+
+@pytest.mark.parametrize("logp", [float("nan"), float("inf"), -9999.0])
+def test_log_probs_that_are_not_finite_are_refused_also_if_not_reported(logp):
+    for report in (True, False):
+        with pytest.raises(ValueError, match=r"token 1 \(id 5\) .* logits are not finite"):
+            completion([4, 5], "stop", [-1.0, logp], report=report)

@@ -13,10 +13,19 @@ from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.tokens import token_file
 from gmpo.rollout.vllm.server import ServerEngine
 from gmpo.types import Prompt
-from tests.rollout.vllm.fake_vllm import FACTS, FakeVllm, breaking_off, dripping, error, silent
+from tests.rollout.vllm.fake_vllm import (
+    FACTS,
+    GENERATE,
+    FakeVllm,
+    breaking_off,
+    dripping,
+    error,
+    events_of,
+    silent,
+    stream,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
-GENERATE = "/inference/v1/generate"
 SAMPLING = Sampling(max_new_tokens=8)
 
 
@@ -371,6 +380,123 @@ def test_with_reconnect_what_was_generated_is_not_generated_again():
         completions = it.generate([request(3, count=1), request(4, count=1)], SAMPLING)
         assert [group[0].ids[0] for group in completions] == [3, 4]
     assert prompts_of(good) == [[3]]
+
+
+@pytest.mark.parametrize("lost_first", [True, False])
+def test_with_reconnect_finished_prompts_are_not_asked_for_again(lost_first):
+    """Whatever the order in which prompts fail: the first failure used to drop the rest."""
+    with FakeVllm() as one, FakeVllm() as other:
+        it = engine(one, other, vllm_server_reconnect=20.0)
+        lost, good = (one, other) if lost_first else (other, one)
+        it.publish(0)
+        answers = iter([breaking_off])
+        real = lost._answer
+        lost._answer = lambda path, body: (
+            next(answers, None) or real(path, body) if path == GENERATE else real(path, body)
+        )
+        completions = it.generate([request(n, count=1) for n in (3, 4, 5, 6)], SAMPLING)
+        assert [group[0].ids[0] for group in completions] == [3, 4, 5, 6]
+    assert sorted(prompts_of(good)) == ([[4], [6]] if lost_first else [[3], [5]])
+    assert len(prompts_of(lost)) == 3
+
+
+def test_with_reconnect_only_the_missing_samples_of_a_group_are_asked_for():
+    """A server is lost after the second of four samples; the others keep their own seeds."""
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_reconnect=20.0)
+        it.publish(0)
+
+        def lost_after_the_second(handler):
+            del server.answers[GENERATE]
+            (_, body) = server.requests[-1]
+            parts = events_of({"choices": server.all_choices(body)})
+            stream(handler, [*parts[:4], parts[5]], end=False)
+
+        server.answers[GENERATE] = lost_after_the_second
+        (completions,) = it.generate([request(3, count=4, seed=50)], SAMPLING)
+        asked = [
+            (body["sampling_params"]["n"], body["sampling_params"]["seed"])
+            for path, body in server.requests
+            if path == GENERATE and body.get("stream")
+        ]
+    assert len(completions) == 4
+    assert asked == [(4, 50), (1, 50), (2, 52)]
+
+
+def test_a_group_larger_than_a_server_takes_is_asked_for_in_parts():
+    """vLLM refuses more samples per request than its --max-num-seqs."""
+    answers = {"/collective_rpc": {"results": [{**FACTS, "max_num_seqs": 3}]}}
+    with FakeVllm(answers=answers) as server:
+        it = engine(server)
+        it.publish(0)
+        (completions,) = it.generate([request(3, count=8, seed=50)], SAMPLING)
+        asked = [
+            (body["sampling_params"]["n"], body["sampling_params"]["seed"])
+            for path, body in server.requests
+            if path == GENERATE and body.get("stream")
+        ]
+    assert len(completions) == 8
+    assert sorted(asked, key=lambda pair: pair[1]) == [(3, 50), (3, 53), (2, 56)]
+
+
+def test_a_generation_longer_than_the_timeout_is_waited_for():
+    """Ten events, each half a second after the last, with a timeout of two seconds."""
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_timeout=2.0)
+        it.publish(0)
+
+        def slow(handler):
+            (_, body) = server.requests[-1]
+            stream(handler, events_of({"choices": server.all_choices(body)}), pause=0.5)
+
+        server.answers[GENERATE] = slow
+        (completions,) = it.generate([request(3, count=5)], SAMPLING)
+        assert len(completions) == 5
+        assert server.count(GENERATE) == 2  # the check's text, and this
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_queue_at_a_server_that_works_is_waited_for(busy):
+    """Silence for longer than the timeout is a loss only if the server writes nothing at all."""
+    metrics = (f"vllm:generation_tokens_total{{}} {7 + busy * n}\n" for n in range(100))
+    with FakeVllm() as server:
+        it = engine(server, vllm_server_timeout=1.0)
+        it.publish(0)
+
+        def queued(handler):
+            (_, body) = server.requests[-1]
+            events = events_of({"choices": server.all_choices(body)})
+            time.sleep(4.0)
+            stream(handler, events)
+
+        server.answers[GENERATE] = queued
+        real = server._answer
+        server._answer = lambda path, body: (
+            (200, next(metrics).encode()) if path == "/metrics" else real(path, body)
+        )
+        if busy:
+            assert len(it.generate([request(3)], SAMPLING)[0]) == 2
+        else:
+            with pytest.raises(VllmError, match="was not answered within 1 seconds") as fault:
+                it.generate([request(3)], SAMPLING)
+            assert fault.value.lost
+
+
+@pytest.mark.parametrize("logp", [-9999.0, float("nan"), float("-inf")])
+def test_log_probs_that_are_not_finite_end_the_run(logp):
+    """A server writes -9999 for them; training on them would go on in silence."""
+
+    def diverged(server, body):
+        choices = server.all_choices(body)
+        choices[1]["logprobs"]["content"][2]["logprob"] = logp
+        return choices
+
+    with FakeVllm(choices=diverged) as server:
+        it = engine(server)
+        it.publish(0)
+        match = r"token 2 \(id 1\) of a completion has the log-prob .* The logits are not finite"
+        with pytest.raises(VllmError, match=match):
+            it.generate([request(3)], SAMPLING)
 
 
 def test_with_reconnect_a_server_that_stays_away_ends_the_run():

@@ -1,5 +1,6 @@
 """One vLLM server: what it is, and the routes that gmpo uses."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,10 @@ from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.channel import HOW_TO_START, Channel
 
 SUPPORTED = "0.32."
+GENERATE = "/inference/v1/generate"
+COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")  # of GET /metrics
+METRICS_TIMEOUT = 10.0  # seconds
+MAX_NUM_SEQS = 128  # of a server that does not say; vLLM's smallest default
 INCOMPLETE = "gmpo-incomplete"  # the version of weights while they are being replaced
 
 
@@ -22,6 +27,7 @@ class EngineFacts:
     device: str
     workers: int
     takes_adapters: bool
+    max_num_seqs: int  # completions at a time, and per request
 
     def fits(self, other: "EngineFacts") -> bool:
         """Return whether one trainer can use both engines at the same time."""
@@ -87,6 +93,7 @@ class Client:
         try:
             config = self.channel.get("/server_info?config_format=json")["vllm_config"]
             model, transfer = config["model_config"], config["weight_transfer_config"] or {}
+            scheduler = config.get("scheduler_config") or {}
             return EngineFacts(
                 backend=str(transfer.get("backend")),
                 logprobs_mode=model["logprobs_mode"],
@@ -95,6 +102,7 @@ class Client:
                 device=str(config["device_config"]["device"]).split(":")[0],
                 workers=self.channel.get("/get_world_size")["world_size"],
                 takes_adapters=config["lora_config"] is not None,
+                max_num_seqs=scheduler.get("max_num_seqs", MAX_NUM_SEQS),
             )
         except VllmError as error:
             if error.lost:
@@ -177,11 +185,59 @@ class Client:
 
     # -- completions -------------------------------------------------------------------------------
 
-    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return vLLM's answer to a request for completions, with a list of "choices"."""
-        answer = self.channel.post("/inference/v1/generate", body)
-        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+    def complete(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield what is added to the completions of a request, a part of one sample at a time.
+
+        Waits as long as the server works, on this request or on others that came before it.
+
+        Raises:
+            VllmError: The server is lost, or refuses the request.
+        """
+        counts: list[float | None] = [None]
+
+        def works() -> bool:
+            counts.append(self.tokens_processed())
+            return counts[-1] is not None and counts[-1] != counts[-2]
+
+        events = self.channel.stream(GENERATE, {**body, "stream": True}, works=works)
+        for event in events:
+            if not isinstance(event, dict) or not isinstance(event.get("choices"), list):
+                raise VllmError(
+                    f"{self.address} was asked for completions and answered {str(event)[:80]!r}."
+                )
+            yield from event["choices"]
+
+    def tokens_processed(self) -> float | None:
+        """Return how many tokens the server has read and written, or None if it does not tell."""
+        try:
+            status, data = self.channel.exchange("GET", "/metrics", timeout=METRICS_TIMEOUT)
+        except VllmError:
+            return None
+        if status != 200:
+            return None
+
+        lines = data.decode("utf8", "replace").splitlines()
+        values = [line.rpartition(" ")[2] for line in lines if line.startswith(COUNTERS)]
+        try:
+            return sum(map(float, values)) if values else None
+        except ValueError:
+            return None
+
+    def prompt_logprobs(self, ids: list[int], *, adapter: str | None, **params: Any) -> list[Any]:
+        """Return vLLM's report of each token of a text: a table from token to report, or None.
+
+        Args:
+            ids: The text.
+            adapter: Name of the adapter to apply; None for the model's own weights.
+            params: Further sampling options.
+        """
+        params = {"max_tokens": 1, "prompt_logprobs": 0, **params}
+        answer = self.channel.post(
+            GENERATE, {"token_ids": ids, "model": adapter, "sampling_params": params}
+        )
+        reports = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
+        if not isinstance(reports, list) or len(reports) != len(ids):
             raise VllmError(
-                f"{self.address} was asked for completions and answered {str(answer)[:80]!r}."
+                f"{self.address} was asked for log-probs and answered {str(answer)[:80]!r}."
             )
-        return answer
+        return reports

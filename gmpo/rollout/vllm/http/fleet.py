@@ -61,6 +61,11 @@ class Fleet:
         return min(facts.longest for facts in self.facts)
 
     @property
+    def max_num_seqs(self) -> int:
+        """Return how many samples every server takes per request."""
+        return min(facts.max_num_seqs for facts in self.facts)
+
+    @property
     def is_ours(self) -> bool:
         """Return whether the servers load weights with gmpo's backend, not vLLM's NCCL one."""
         return self.facts[0].backend == "gmpo"

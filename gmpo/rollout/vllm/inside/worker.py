@@ -51,6 +51,7 @@ class WorkerExtension:
             "device": config.device_config.device_type,
             "workers": config.parallel_config.world_size_across_dp,
             "takes_adapters": config.lora_config is not None,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
         }
 
 

@@ -28,6 +28,7 @@ def test_a_server_without_the_extension_is_asked_for_its_configuration():
         },
         "weight_transfer_config": {"backend": "nccl"},
         "device_config": {"device": "cuda:0"},
+        "scheduler_config": {"max_num_seqs": 48},
         "lora_config": None,
     }
     answers = {
@@ -42,6 +43,7 @@ def test_a_server_without_the_extension_is_asked_for_its_configuration():
         and facts.dtype == "bfloat16"
         and facts.device == "cuda"
         and facts.workers == 4
+        and facts.max_num_seqs == 48
     )
 
 
