@@ -29,6 +29,7 @@ from gmpo.policy.reference import (
     AdapterCopy,
     FrozenCopy,
     Reference,
+    ReferenceState,
     ReferenceSync,
     prepared_reference,
 )
@@ -105,6 +106,7 @@ class Stages:
             rows_per_pass=args.per_device_train_batch_size,
         )
         self.reference_sync = None
+        self.reference_state = None
         if isinstance(reference, FrozenCopy):
             reference.model = prepared_reference(
                 reference.model, accelerator, rows=args.per_device_train_batch_size
@@ -113,6 +115,10 @@ class Stages:
             self.reference_sync = ReferenceSync(
                 reference, alpha=args.ref_model_mixup_alpha, steps=args.ref_model_sync_steps
             )
+        # Tensors that a resumed run could not make again from the model that it is given.
+        if isinstance(reference, AdapterCopy) or self.reference_sync is not None:
+            assert isinstance(reference, FrozenCopy | AdapterCopy)
+            self.reference_state = ReferenceState(reference, keep=args.should_save)
 
         self.objective = objective_from(args, algorithm=args.algorithm)
         self.entropy_bonus = EntropyController(args)
@@ -150,8 +156,8 @@ class Stages:
             "entropy_bonus": self.entropy_bonus,
             "layouts": self.logprobs,
         }
-        if self.reference_sync is not None:
-            parts["reference"] = self.reference_sync
+        if self.reference_state is not None:
+            parts["reference"] = self.reference_state
         return parts
 
     def report(self, collection: Collection, mode: Mode = "train") -> None:

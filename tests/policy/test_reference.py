@@ -5,7 +5,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gmpo.policy.logprobs import LogProbs
-from gmpo.policy.reference import BaseOfAdapter, FrozenCopy, ReferenceSync, make_reference
+from gmpo.policy.reference import (
+    AdapterCopy,
+    BaseOfAdapter,
+    FrozenCopy,
+    ReferenceState,
+    ReferenceSync,
+    make_reference,
+)
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import make_batch, make_model
 
@@ -53,15 +60,75 @@ def test_the_copy_is_of_the_model_as_given_not_of_its_name():
         assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
 
 
-def test_under_an_adapter_the_reference_is_its_base_without_a_copy():
+def test_under_a_fresh_adapter_the_reference_is_its_base_without_a_copy():
     policy, batch = adapted(), make_batch()
-    before = logps(make_reference(policy, 0.1), policy, batch)
-    change(policy)
     reference = make_reference(policy, 0.1)
+    before = logps(reference, policy, batch)
+    change(policy)
     assert isinstance(reference, BaseOfAdapter)
     torch.testing.assert_close(logps(reference, policy, batch), before, rtol=1e-12, atol=1e-12)
     now = LogProbs(PolicySettings()).compute(policy, batch).logps
     assert (now - before).abs().max() > 1e-3
+
+
+STARTS = {  # adapters that do something before the first update, and one that does not
+    "random": {"init_lora_weights": False},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "dora": {"init_lora_weights": False, "use_dora": True},
+    "embedding": {"init_lora_weights": False, "target_modules": ["embed_tokens"]},
+    "fresh": {},
+    "fresh embedding": {"target_modules": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_reference_of_an_adapter_is_the_policy_at_the_start(start):
+    options = {"target_modules": ["q_proj", "v_proj"], "r": 4, **STARTS[start]}
+    model = make_model("llama").float()  # PiSSA and OLoRA refuse float64
+    policy, batch = get_peft_model(model, LoraConfig(**options)).double(), make_batch()
+    reference = make_reference(policy, 0.1)
+    before = LogProbs(PolicySettings()).compute(policy, batch).logps.detach()
+    torch.testing.assert_close(logps(reference, policy, batch), before, rtol=1e-12, atol=1e-12)
+
+    change(policy)
+    torch.testing.assert_close(logps(reference, policy, batch), before, rtol=1e-12, atol=1e-12)
+    now = LogProbs(PolicySettings()).compute(policy, batch).logps
+    assert (now - before).abs().max() > 1e-3
+    assert isinstance(reference, BaseOfAdapter) == start.startswith("fresh")
+
+
+def test_the_reference_of_stacked_adapters_keeps_the_frozen_one():
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    policy, batch = get_peft_model(make_model("llama"), LoraConfig(**options)), make_batch()
+    policy.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    policy.base_model.set_adapter(["default", "second"])
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("second" in name.split("."))
+    policy = policy.double()
+
+    reference = make_reference(policy, 0.1)
+    before = LogProbs(PolicySettings()).compute(policy, batch).logps.detach()
+    torch.testing.assert_close(logps(reference, policy, batch), before, rtol=1e-12, atol=1e-12)
+    change(policy)
+    torch.testing.assert_close(logps(reference, policy, batch), before, rtol=1e-12, atol=1e-12)
+
+
+def test_a_trained_module_beside_lora_is_copied_too():
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    policy = get_peft_model(make_model("llama"), LoraConfig(**options))
+    reference = make_reference(policy, 0.1)
+    assert isinstance(reference, AdapterCopy)
+    assert any("lm_head" in name for name in reference.copies)
+
+
+@pytest.mark.parametrize("make", [lambda: make_model("llama"), adapted], ids=["model", "adapter"])
+def test_only_ranks_that_write_keep_the_moved_reference(make):
+    reference = make_reference(make(), 0.1, sync=True)
+    assert ReferenceState(reference, keep=False).state_dict() == {}
+    kept = ReferenceState(reference, keep=True).state_dict()
+    assert kept.keys() == reference.tensors().keys()
+    assert all(kept[name].data_ptr() != t.data_ptr() for name, t in reference.tensors().items())
 
 
 def test_sync_mixes_every_k_steps():
@@ -107,5 +174,5 @@ def test_a_moved_reference_survives_a_resume(make):
 
     resumed = make_reference(policy, 0.1, sync=True)
     assert (logps(resumed, policy, batch) - expected).abs().max() > 1e-3
-    ReferenceSync(resumed, alpha=0.5, steps=1).load_state_dict(sync.state_dict())
+    ReferenceState(resumed).load_state_dict(ReferenceState(reference).state_dict())
     torch.testing.assert_close(logps(resumed, policy, batch), expected, rtol=1e-12, atol=1e-12)
