@@ -108,3 +108,30 @@ def test_the_minimal_loop_takes_the_gradient_of_the_paper():
     model.zero_grad()
     (-rho / 2 * minimal_loop.completion_logps(model, tokens)[0, 1]).backward()
     torch.testing.assert_close(found, model.lm_head.weight.grad)
+
+
+# -- the notebook ----------------------------------------------------------------------------------
+
+
+def cells_of_the_notebook():
+    notebook = json.loads((EXAMPLES / "first_run.ipynb").read_text("utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_learns_when_its_cells_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for number, cell in enumerate(cells_of_the_notebook()):
+        code = "".join(cell["source"]).replace("max_steps=240", "max_steps=80")
+        code = code.replace("from IPython.display import Image", "Image = lambda *_, **__: None")
+        exec(compile(code, f"cell {number}", "exec"), names)
+    rewards = [record["reward"] for record in names["records"]]
+    assert rewards[0] < 0.2 < rewards[-1]
+
+
+def test_the_notebook_is_kept_with_its_outputs():
+    cells = cells_of_the_notebook()
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == list(range(1, len(cells) + 1))
+    kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
+    assert "error" not in kinds and kinds.count("execute_result") >= 5
