@@ -79,7 +79,7 @@ types: $(VENV)/ready
 	$(BIN)/pyright
 
 docs: $(VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "The site: site/index.html"
 
 # no dependency of the wheel is installed again: those of .venv are lent to the empty environment
