@@ -18,6 +18,7 @@ FLOORS = {
     "distributed": 1,
     "sharding": 1,
     "unwrap": 1,
+    "model_name": 1,
     "checkpoint": 1,
     "data": 2,
     "objective": 2,

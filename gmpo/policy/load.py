@@ -14,7 +14,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
+from gmpo.model_name import WHERE, base_model_name, without_place
 from gmpo.policy.head.lm_head import cast_head_to_float32
 from gmpo.policy.head.onednn import use_onednn
 from gmpo.policy.settings import PolicySettings
@@ -67,12 +69,26 @@ def load_tokenizer(
     A tokenizer without a padding token gets its end-of-sequence token for it.
     """
     check_path(name)
+    where: dict[str, Any] = {"revision": revision or "main"}
+    base = base_model_name(name, where)
+    if base is not None and not _has_tokenizer(name, where):
+        name, where = base, {}
+
     tokenizer = AutoTokenizer.from_pretrained(
-        name, trust_remote_code=trust_remote_code, revision=revision or "main", padding_side="left"
+        name, trust_remote_code=trust_remote_code, padding_side="left", **where
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _has_tokenizer(name: str, where: dict[str, Any]) -> bool:
+    """Return whether an adapter's folder or repository holds a tokenizer."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return (folder / "tokenizer_config.json").exists()
+    missing_ok = {"_raise_exceptions_for_missing_entries": False}
+    return cached_file(name, "tokenizer_config.json", **where, **missing_ok) is not None
 
 
 def check_path(name: str) -> None:
@@ -132,19 +148,29 @@ def _load_by_name(name: str, settings: PolicySettings, quantization_config: Any)
     if keywords.get("quantization_config") is not None:
         _check_quantization()
         keywords.setdefault("device_map", {"": torch.cuda.current_device()})
-    adapter = Path(name).expanduser() / "adapter_config.json"
-    if adapter.exists():
-        return _load_adapter(adapter, keywords)
+    base_name = base_model_name(name, keywords)
+    if base_name is not None:
+        return _load_adapter(name, base_name, keywords)
     return AutoModelForCausalLM.from_pretrained(name, **keywords)
 
 
-def _load_adapter(description: Path, keywords: dict[str, Any]) -> nn.Module:
-    """The base model that an adapter's own description names, with that adapter, trainable."""
+def _load_adapter(name: str, base_name: str, keywords: dict[str, Any]) -> nn.Module:
+    """Return the base model that an adapter names, with that adapter, trainable."""
+    _check_peft(f"model={name!r} is an adapter, which")
     from peft import PeftModel
 
-    base_name = json.loads(description.read_text())["base_model_name_or_path"]
-    base = AutoModelForCausalLM.from_pretrained(base_name, **keywords)
-    return PeftModel.from_pretrained(base, str(description.parent), is_trainable=True)
+    base = AutoModelForCausalLM.from_pretrained(base_name, **without_place(keywords))
+    where = {key: keywords[key] for key in WHERE if key in keywords}
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
+    return PeftModel.from_pretrained(base, source, is_trainable=True, **where)
+
+
+def _check_peft(needs: str) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(
+            f"{needs} needs peft, which is not installed. Run `pip install gmpo[peft]`."
+        )
 
 
 def _check_quantization() -> None:
@@ -181,10 +207,7 @@ def _check_model(model: Any, settings: PolicySettings, quantization_config: Any)
 
 
 def _add_adapter(policy: nn.Module, peft_config: Any) -> nn.Module:
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(
-            "peft_config needs peft, which is not installed. Run `pip install gmpo[peft]`."
-        )
+    _check_peft("peft_config")
     from peft import PeftConfig, get_peft_model
 
     if not isinstance(peft_config, PeftConfig):

@@ -1,5 +1,7 @@
 """Names, paths and models become a policy, or an error that says what to do."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -132,6 +134,40 @@ def test_the_folder_of_an_adapter_gives_base_and_adapter_trainable(folder, tmp_p
     assert any(parameter.requires_grad for parameter in policy.parameters())
     ids = torch.arange(12)[None]
     torch.testing.assert_close(policy(ids).logits, adapted(ids).logits)
+
+
+def test_an_adapter_on_the_hub_gives_base_and_adapter(folder, tmp_path, monkeypatch):
+    """A hub name is one that the hub's cache holds; nothing is asked for over the network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "cache" / "models--me--adapter"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    base = load_policy(folder, PolicySettings())
+    adapted = get_peft_model(base, LoraConfig(init_lora_weights=False, **LORA))
+    adapted.save_pretrained(repository / "snapshots" / "abc")
+
+    settings = PolicySettings(model_init_kwargs={"cache_dir": str(tmp_path / "cache")})
+    policy = load_policy("me/adapter", settings)
+    assert isinstance(policy, PeftModel)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(policy(ids).logits, adapted(ids).logits)
+
+
+def test_an_adapter_without_a_base_is_an_error_with_its_remedy(folder, tmp_path):
+    adapted = get_peft_model(load_policy(folder, PolicySettings()), LoraConfig(**LORA))
+    adapted.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = None
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"does not say what its base model is.*PeftModel"):
+        load_policy(str(tmp_path), PolicySettings())
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folder, tmp_path):
+    tiny_tokenizer().save_pretrained(folder)
+    adapted = get_peft_model(load_policy(folder, PolicySettings()), LoraConfig(**LORA))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(str(tmp_path / "adapter")).get_vocab() == tiny_tokenizer().get_vocab()
 
 
 def test_nothing_to_train_is_an_error_with_its_remedy(folder, tmp_path):

@@ -43,6 +43,23 @@ def test_under_adapters_the_reference_is_the_base_and_the_kl_starts_at_zero(make
     assert kl[-1] > 1e-5
 
 
+def test_the_folder_of_a_trained_adapter_is_trained_on(make_trainer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    options = {"learning_rate": 3e-2, "beta": 0.1, "processing_class": None}
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    first = make_trainer(model=str(tmp_path / "base"), peft_config=LoraConfig(**LORA), **options)
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+
+    second = make_trainer(model=str(tmp_path / "adapter"), **options)
+    for name, parameter in second.model.named_parameters():
+        assert torch.equal(parameter, first.model.get_parameter(name)), name
+    second.train()
+    kl = [entry["kl"] for entry in second.state.log_history if "kl" in entry]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)  # from the adapter as given, not from its base
+    assert kl[-1] > 1e-6
+
+
 def test_a_peft_model_without_trainable_weights_is_refused(make_trainer):
     model = get_peft_model(tiny_model(), LoraConfig(**LORA)).requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable"):

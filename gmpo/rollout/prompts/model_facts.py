@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gmpo.model_name import WHERE, base_model_name, without_place
 from gmpo.rollout.settings import RolloutSettings
 
 # Kinds of rotary embeddings that reach beyond the length the model was trained with.
@@ -25,9 +26,13 @@ def configs(
         return model.config, getattr(model, "generation_config", None)
 
     wanted = getattr(settings, "model_init_kwargs", None) or {}
-    names = ("revision", "cache_dir", "token", "subfolder")
-    where = {name: wanted[name] for name in names if name in wanted}
+    where = {name: wanted[name] for name in WHERE if name in wanted}
     trust = getattr(settings, "trust_remote_code", False) or wanted.get("trust_remote_code", False)
+
+    # An adapter has no config of its own: its base model's is the one.
+    base = base_model_name(model, where)
+    if base is not None:
+        model, where = base, without_place(where)
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust, **where)
     try:
