@@ -4,6 +4,7 @@ import os
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from gmpo.rollout.vllm.errors import VllmError
+
+PAUSE = 0.5  # seconds between two looks at whether the thread has failed
 
 NamedTensor = tuple[str, Tensor]
 Bucket = list[NamedTensor]
@@ -147,11 +150,13 @@ class ByNccl:
         self.engine = None  # its group is of no use any more
 
     def _put(self, pair: NamedTensor | None) -> None:
-        try:
-            self.queue.put(pair, timeout=self.timeout)
-        except queue.Full:
-            self._check(late=True)
-        self._check(late=False)
+        """Hand a tensor to the thread, unless it has failed, or does not take it in time."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            self._check(late=time.monotonic() >= deadline)
+            with suppress(queue.Full):
+                self.queue.put(pair, timeout=min(self.timeout, PAUSE))
+                return
 
     def _check(self, *, late: bool) -> None:
         if self.error is not None:

@@ -8,8 +8,9 @@ the token.
 import base64
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -79,16 +80,32 @@ def trainer_engine(
         )
         payload = {name: value for name, value in asdict(info).items() if value is not None}
 
-        # Both sides wait for each other in here.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            joined = pool.submit(join, payload)
-            engine.model_update_group = uid_init_process_group(
-                identity, 0, workers + 1, torch.accelerator.current_device_index()
-            )
-            joined.result()
+        # Both sides wait for each other in here.  If the servers refuse to join, nobody comes to
+        # the group: its thread is left behind, and the reason is told at once.
+        device = torch.accelerator.current_device_index()
+        joined = in_thread(join, payload)
+        group = in_thread(uid_init_process_group, identity, 0, workers + 1, device)
+        ended, _ = wait([joined, group], return_when=FIRST_EXCEPTION)
+        for future in ended:
+            future.result()
+        engine.model_update_group = group.result()
     finally:
         del os.environ["NCCL_COMM_ID"]
     return engine
+
+
+def in_thread(work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Run `work` in a thread that does not keep the process from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="gmpo-nccl").start()
+    return future
 
 
 def own_host(address: str) -> str:

@@ -142,3 +142,17 @@ def test_nccl_does_not_wait_for_a_lost_peer_for_ever(name):
     with pytest.raises(VllmError, match="did not move on for 1 seconds"):
         send(carrier, many, tag="run:1")
     assert time.monotonic() - began < 15
+
+
+def test_nccl_tells_at_once_why_nobody_joined():
+    """The queue is full by then: the trainer used to wait for the whole timeout, and say only that."""
+    many = [(str(number), torch.zeros(1)) for number in range(50)]
+
+    def make(source):
+        time.sleep(1.0)
+        raise VllmError("the trainer's model has 3 layers")
+
+    began = time.monotonic()
+    with pytest.raises(VllmError, match="Sending weights over NCCL failed: the trainer's model"):
+        send(ByNccl(make, timeout=100.0), many, tag="run:1")
+    assert time.monotonic() - began < 50.0
