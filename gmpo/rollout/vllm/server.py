@@ -1,13 +1,12 @@
 """vLLM behind one or several servers."""
 
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +34,8 @@ from gmpo.rollout.vllm.transfer.carriers import (
     Carrier,
     NamedTensor,
     TrainerEngine,
-    shared_folder,
 )
+from gmpo.rollout.vllm.transfer.folder import ExchangeFolder
 from gmpo.rollout.vllm.transfer.nccl import WeightSource, own_host, trainer_engine
 from gmpo.rollout.vllm.transfer.send import new_run, policy_weights, send
 from gmpo.rollout.weights.adapters import (
@@ -88,6 +87,7 @@ class ServerEngine:
         self.leads = distributed.rank() == 0
         self.run = distributed.all_gather_objects(new_run())[0]
         self.fleet = Fleet.of(settings)
+        self.folder = ExchangeFolder(settings.vllm_weight_folder)
         self.wanted = 0  # version of the weights that the next completions must come from
         self._connect(settings.vllm_server_timeout)
         self.check = partial(
@@ -113,7 +113,7 @@ class ServerEngine:
         self.scale = 1.0
         self.base_published = False
         self.adapter: str | None = None  # its name on the servers
-        self.adapter_folder: str | None = None
+        self.adapter_folder: Path | None = None
         self.carrier: Carrier | None = None
 
     # -- weights -----------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class ServerEngine:
         on_gpus = torch.cuda.is_available() and self.fleet.facts[0].device == "cuda"
         over_nccl = self.settings.vllm_weight_transfer == "nccl" or not self.fleet.is_ours
         if not (over_nccl or (self.settings.vllm_weight_transfer == "auto" and on_gpus)):
-            return ByFile(self.fleet, self.settings.vllm_weight_folder)
+            return ByFile(self.fleet, self.folder)
         if not on_gpus:
             raise VllmError(
                 "Weights travel over NCCL from a GPU to GPUs. Set vllm_weight_transfer='file'."
@@ -238,18 +238,17 @@ class ServerEngine:
         name = f"{self.run}-{version}"
         with raise_on_all_ranks("publish the policy's adapter"):
             if self.leads:
-                parent = shared_folder(self.settings.vllm_weight_folder)
-                folder = tempfile.mkdtemp(prefix="gmpo-adapter-", dir=parent)
-                write_adapter(self.policy(), state, folder)
-                os.chmod(folder, 0o755)
+                folder = self.folder.subfolder(f"adapter-{version}")
+                write_adapter(self.policy(), state, str(folder))
+                self.folder.share(folder)
                 self._exchange_adapter(name, folder, tag)
         self.adapter = name
 
-    def _exchange_adapter(self, name: str, folder: str, tag: str) -> None:
+    def _exchange_adapter(self, name: str, folder: Path, tag: str) -> None:
         previous = self.adapter
 
         def exchange(client: Client) -> None:
-            client.load_adapter(name, folder)
+            client.load_adapter(name, str(folder))
             if previous is not None:
                 client.unload_adapter(previous)
             client.set_version(tag)
@@ -385,8 +384,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """Leave the servers as they are."""
-        if self.adapter_folder is not None:
-            shutil.rmtree(self.adapter_folder, ignore_errors=True)
+        self.folder.close()
 
 
 def missing_samples(

@@ -128,9 +128,12 @@ def test_all_weights_arrive_in_safetensors_files_that_are_gone_afterwards(tmp_pa
             handler.end_headers()
 
         server.answers["/update_weights"] = update
-        engine(server, model=model, vllm_weight_folder=str(tmp_path)).publish(0)
+        it = engine(server, model=model, vllm_weight_folder=str(tmp_path))
+        it.publish(0)
     assert seen.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(seen[name], parameter) for name, parameter in model.named_parameters())
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
+    it.close()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,19 +1,17 @@
 """How buckets of weights travel into an engine: by reference, in files, over NCCL."""
 
-import os
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gmpo.rollout.vllm.errors import VllmError
+from gmpo.rollout.vllm.transfer.folder import ExchangeFolder
 
 PAUSE = 0.5  # seconds between two looks at whether the thread has failed
 
@@ -76,31 +74,18 @@ class ByReference:
 
 
 class ByFile(ByReference):
-    """A safetensors file for each bucket, in a folder that both sides see.
+    """A safetensors file for each bucket, in a folder that both sides see."""
 
-    Args:
-        folder: Where; None for the shared memory of one machine.
-    """
-
-    def __init__(self, receiver: Receiver, folder: str | None = None) -> None:
+    def __init__(self, receiver: Receiver, folder: ExchangeFolder) -> None:
         super().__init__(receiver)
-        self.parent = shared_folder(folder)
+        self.folder = folder
 
     def carry(self, bucket: Bucket) -> None:
         from safetensors.torch import save_file
 
-        with tempfile.TemporaryDirectory(prefix="gmpo-weights-", dir=self.parent) as folder:
-            path = Path(folder) / "weights.safetensors"
-            os.chmod(folder, 0o755)  # a server of another user may read it
+        with self.folder.file("weights.safetensors") as path:
             save_file({name: tensor.cpu().contiguous() for name, tensor in bucket}, path)
             self.receiver.update_weights({"path": str(path)})
-
-
-def shared_folder(folder: str | None) -> str | None:
-    """Return `folder`, else shared memory, else None for the machine's temporary folder."""
-    if folder:
-        return folder
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 class ByNccl:
