@@ -63,7 +63,8 @@ def test_what_a_killed_run_has_left_is_removed_by_the_next(tmp_path):
     assert (left / "weights.safetensors").exists()
     aged(left)
     it = ExchangeFolder(str(tmp_path))
-    assert list(tmp_path.iterdir()) == [it.path]
+    made = it.path
+    assert list(tmp_path.iterdir()) == [made]
 
 
 def test_folders_of_runs_that_live_and_of_others_are_left_alone(tmp_path):
