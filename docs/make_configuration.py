@@ -33,7 +33,7 @@ On the command line they are flags and YAML keys of the same names (`gmpo train 
 
 
 def legal(field: dataclasses.Field) -> str:
-    """The legal values, in words."""
+    """Return the legal values, in words."""
     rules = rules_of(field)
     assert rules is not None
     if rules.later:
@@ -41,10 +41,11 @@ def legal(field: dataclasses.Field) -> str:
     if rules.choices:
         return ", ".join(f"`{choice}`" for choice in rules.choices)
     parts = []
-    if rules.low is not None:
-        parts.append(f"{'>' if rules.low_open else '≥'} {rules.low:g}")
-    if rules.high is not None:
-        parts.append(f"≤ {rules.high:g}")
+    bounds = rules.bounds
+    if bounds.low is not None:
+        parts.append(f"{'>' if bounds.low_open else '≥'} {bounds.low:g}")
+    if bounds.high is not None:
+        parts.append(f"≤ {bounds.high:g}")
     return " and ".join(parts)
 
 

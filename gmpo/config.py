@@ -1,7 +1,6 @@
-"""GRPOConfig and GMPOConfig: the settings of every stage plus `transformers.TrainingArguments`, flat to call.
+"""GRPOConfig and GMPOConfig: the settings of every stage plus `transformers.TrainingArguments`.
 
-Three things may happen with an option that a user sets: it acts, it is refused here with an error that names it, or,
-where the objective can't use it, it is refused with the reason.  Nothing is ignored.
+An option that a user sets acts, or it is refused here with an error that names it and says why.
 """
 
 import functools
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from gmpo.data.settings import DataSettings, Resolved, given_size
-from gmpo.inherited_options import check_arguments, check_device
+from gmpo.inherited_options import check_arguments, check_device, check_inherited
 from gmpo.objective.check import check_objective
 from gmpo.objective.settings import ObjectiveSettings
 from gmpo.option import advice, check_options, option, parse_dicts
@@ -37,11 +36,11 @@ STAGE_SETTINGS = (
 
 
 def _suggest_unknown(cls: Config) -> Config:
-    """Make the constructor of `cls` name the closest option when it gets one that does not exist."""
+    """Make the constructor of `cls` name the closest option for one that does not exist."""
     generated: Any = cls.__init__
 
     @functools.wraps(generated)
-    def init(self, *args, **kwargs):
+    def init(self: object, *args: object, **kwargs: object) -> None:
         known = {f.name for f in fields(cls)}
         for name in kwargs.keys() - known:
             raise ValueError(f"{cls.__name__} has no option {name!r}.{advice(name, known)}")
@@ -64,8 +63,8 @@ class GRPOConfig(
 ):
     """Every option of GRPOTrainer.  `docs/configuration.md` lists them with defaults and meanings.
 
-    Of generation_batch_size and steps_per_generation, one that was not given follows from the rest, and does so again
-    in a copy made by `dataclasses.replace`.
+    Of generation_batch_size and steps_per_generation, one that was not given follows from the rest,
+    and does so again in a copy made by `dataclasses.replace`.
 
     Raises:
         ValueError: For an unknown option, an illegal value, or sizes that do not divide.
@@ -82,9 +81,10 @@ class GRPOConfig(
     gradient_checkpointing: bool = option(
         True, "Recompute activations in the backward pass: less memory, more time."
     )
-    remove_unused_columns: bool | None = option(
+    remove_unused_columns: bool | None = option(  # pyright: ignore[reportIncompatibleVariableOverride] (None is accepted here)
         False,
-        "Drop the dataset columns that gmpo itself does not read; reward functions then don't get them.",
+        "Drop the dataset columns that gmpo itself does not read, in training and in evaluation; "
+        "reward functions then don't get them.",
     )
     bf16: bool | None = option(
         None, "Mixed precision with bfloat16. None: on where an accelerator has it and fp16 is off."
@@ -95,7 +95,7 @@ class GRPOConfig(
         low=0.0,
         high=1.0,
     )
-    output_dir: str = option(
+    output_dir: str = option(  # pyright: ignore[reportIncompatibleVariableOverride] (never None here)
         "trainer_output", "Folder of the run: checkpoints, metrics, completions."
     )
     logging_dir: str | None = option(None, "Folder of the trackers' local files (tensorboard).")
@@ -103,7 +103,9 @@ class GRPOConfig(
     algorithm = "grpo"
 
     def __post_init__(self):
+        self._resolve_paths()
         parse_dicts(self)
+        check_inherited(self)
         self._resolve_defaults()
         check_options(self)
         self._resolve_old_names()
@@ -118,45 +120,79 @@ class GRPOConfig(
         self._check_output_dir()
         self._resolve_sizes()
 
-    # -- names and defaults that stand for something else -------------------------------------------------------------
+    # -- names and defaults that stand for something else ----------------------------------------
+
+    def _resolve_paths(self) -> None:
+        """Take folders given as `Path` as text."""
+        for name in ("output_dir", "logging_dir", "resume_from_checkpoint"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
 
     def _resolve_defaults(self) -> None:
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ValueError(
-                f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are both set. Keep one of them."
+                f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are both "
+                "set. Keep one of them."
             )
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            on = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = on  # pyright: ignore[reportIncompatibleVariableOverride] (as declared above)
+        self._resolve_best_metric()
+
+    def _resolve_best_metric(self) -> None:
+        """Rank models by reward where no metric is given.
+
+        The Trainer would take the loss, which is near 0 by construction: its noise would choose.
+        """
+        plateau = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in (
+            "reduce_lr_on_plateau",
+            "greedy",
+        )
+        best = self.save_strategy == "best" or self.load_best_model_at_end
+        if self.metric_for_best_model is not None or not (plateau or best):
+            return
+
+        self.metric_for_best_model = "reward"
+        if self.greater_is_better is None:
+            self.greater_is_better = True
+        if plateau and isinstance(self.lr_scheduler_kwargs, dict | None):
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
 
     def _resolve_old_names(self) -> None:
         if self.use_transformers_paged:
-            self.use_transformers_continuous_batching, self.use_transformers_paged = True, False
+            self.use_transformers_continuous_batching = True
+            self.use_transformers_paged = False
         if self.vllm_importance_sampling_cap is not None:
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
             self.vllm_importance_sampling_cap = None
 
-    # -- what one stage alone can't know ------------------------------------------------------------------------------
+    # -- checks that need options of several stages ----------------------------------------------
 
     def _check_combinations(self) -> None:
         if self.max_resamples != 3 and self.zero_signal_groups != "resample":
             raise ValueError(
                 f"max_resamples={self.max_resamples} would do nothing with zero_signal_groups="
-                f"{self.zero_signal_groups!r}. Set zero_signal_groups='resample', or leave max_resamples out."
+                f"{self.zero_signal_groups!r}. Set zero_signal_groups='resample', or leave "
+                "max_resamples out."
             )
         if self.sync_ref_model and self.beta == 0.0:
             raise ValueError(
-                "sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model off."
+                "sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model "
+                "off."
             )
 
     def _check_output_dir(self) -> None:
-        folder = os.path.abspath(str(self.output_dir))
+        folder = os.path.abspath(self.output_dir)
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
+
         if not os.path.isdir(folder):
             raise ValueError(
-                f"output_dir={self.output_dir!r} can't be a folder: {folder!r} is a file. Choose another one."
+                f"output_dir={self.output_dir!r} can't be a folder: {folder!r} is a file. Choose "
+                "another one."
             )
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(
@@ -164,55 +200,72 @@ class GRPOConfig(
             )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Optimizer steps with a rising learning rate.  A warmup_ratio of 1.0 is all of them, not one."""
+        """Return the optimizer steps with a rising learning rate.
+
+        A warmup_ratio of 1.0 is all of them, where a warmup_steps of 1.0 is one.
+        """
         if self.warmup_ratio is not None:
             return math.ceil(num_training_steps * self.warmup_ratio)
         return super().get_warmup_steps(num_training_steps)
 
-    # -- batch arithmetic ---------------------------------------------------------------------------------------------
+    # -- batch arithmetic ------------------------------------------------------------------------
 
     def _resolve_sizes(self) -> None:
-        """Settle generation_batch_size and steps_per_generation, and see that groups and micro-batches divide."""
+        """Settle generation_batch_size and steps_per_generation, and check that sizes divide."""
         per_step = self.per_device_train_batch_size * self.world_size
         rows = given_size(self.generation_batch_size, self.steps_per_generation)
         steps = given_size(self.steps_per_generation, self.generation_batch_size)
         if rows is not None:
             self._check_rows(rows, steps, per_step=per_step)
+
         if rows is not None and steps is None:
             self.generation_batch_size, self.steps_per_generation = rows, Resolved(rows // per_step)
         else:
             self.steps_per_generation = steps or Resolved(self.gradient_accumulation_steps)
             self.generation_batch_size = Resolved(per_step * self.steps_per_generation)
+
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
-                f"A collection of generation_batch_size={self.generation_batch_size} rows (per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} x {self.world_size} process(es) x steps_per_generation="
-                f"{self.steps_per_generation}) does not hold whole groups of num_generations={self.num_generations}. "
-                f"Make it a multiple of {self.num_generations}: "
+                f"A collection of generation_batch_size={self.generation_batch_size} rows "
+                f"(per_device_train_batch_size={self.per_device_train_batch_size} x "
+                f"{self.world_size} process(es) x "
+                f"steps_per_generation={self.steps_per_generation}) does not hold whole groups of "
+                f"num_generations={self.num_generations}. Make it a multiple of "
+                f"{self.num_generations}: "
                 f"{nearest_multiples(self.generation_batch_size, self.num_generations)}."
             )
         self._check_eval_sizes()
 
     def _check_rows(self, rows: int, steps: int | None, *, per_step: int) -> None:
-        """See that `rows` per collection are whole micro-batches, and as many as `steps` if that is given."""
-        shares = f"per_device_train_batch_size={self.per_device_train_batch_size} on {self.world_size} process(es)"
+        """Raise a ValueError unless `rows` per collection are whole micro-batches.
+
+        Args:
+            steps: How many micro-batches they must be, if that is given too.
+            per_step: Rows of a micro-batch over all ranks.
+        """
+        shares = (
+            f"per_device_train_batch_size={self.per_device_train_batch_size} on "
+            f"{self.world_size} process(es)"
+        )
         if steps is not None and rows != steps * per_step:
             raise ValueError(
-                f"generation_batch_size={rows} and steps_per_generation={steps} contradict each other: {steps} "
-                f"micro-batches of {per_step} rows ({shares}) are {steps * per_step}. Keep one of them."
+                f"generation_batch_size={rows} and steps_per_generation={steps} contradict each "
+                f"other: {steps} micro-batches of {per_step} rows ({shares}) are "
+                f"{steps * per_step}. Keep one of them."
             )
         if rows % per_step:
             raise ValueError(
-                f"generation_batch_size={rows} can't be cut into micro-batches of {per_step} rows ({shares}). "
-                f"Use a multiple of {per_step}: {nearest_multiples(rows, per_step)}."
+                f"generation_batch_size={rows} can't be cut into micro-batches of {per_step} rows "
+                f"({shares}). Use a multiple of {per_step}: {nearest_multiples(rows, per_step)}."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As `TrainingArguments.to_dict`; sizes are plain numbers, whether given or worked out."""
-        return {
-            name: int(value) if isinstance(value, Resolved) else value
-            for name, value in super().to_dict().items()
-        }
+        """Return what `TrainingArguments.to_dict` does, with sizes as plain numbers."""
+        values = super().to_dict()
+        for name, value in values.items():
+            if isinstance(value, Resolved):
+                values[name] = int(value)
+        return values
 
     def _check_eval_sizes(self) -> None:
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
@@ -220,40 +273,46 @@ class GRPOConfig(
         rows = self.per_device_eval_batch_size * self.world_size
         if rows % self.eval_group_size:
             raise ValueError(
-                f"per_device_eval_batch_size={self.per_device_eval_batch_size} on {self.world_size} process(es) is "
-                f"{rows} rows, which does not hold whole groups of {self.eval_group_size} completions. Use "
-                f"{nearest_multiples(rows, self.eval_group_size)} rows, or set num_generations_eval."
+                f"per_device_eval_batch_size={self.per_device_eval_batch_size} on "
+                f"{self.world_size} process(es) is {rows} rows, which does not hold whole groups "
+                f"of {self.eval_group_size} completions. Use "
+                f"{nearest_multiples(rows, self.eval_group_size)} rows, or set "
+                "num_generations_eval."
             )
 
     @property
     def eval_group_size(self) -> int:
-        """Completions per prompt in evaluation."""
+        """Return the completions per prompt in evaluation."""
         return self.num_generations_eval or self.num_generations
 
     @property
     def prompts_per_collection(self) -> int:
-        """Distinct prompts of one collection, over all ranks."""
-        return self.generation_batch_size // self.num_generations  # pyright: ignore[reportOptionalOperand]
+        """Return the distinct prompts of one collection, over all ranks."""
+        return self.rows_per_collection // self.num_generations
 
     @property
     def rows_per_collection(self) -> int:
-        """Completions of one collection over all ranks."""
+        """Return the completions of one collection over all ranks."""
         assert self.generation_batch_size is not None
         return self.generation_batch_size
 
     @property
     def rows_per_rank(self) -> int:
-        """Completions of one collection on each rank."""
-        return self.per_device_train_batch_size * self.steps_per_generation  # pyright: ignore[reportOperatorIssue]
+        """Return the completions of one collection on each rank."""
+        return self.rows_per_collection // self.world_size
 
     @property
     def micro_steps_per_collection(self) -> int:
-        """Micro-batches that each rank trains on before the next collection."""
-        return self.steps_per_generation * self.num_iterations  # pyright: ignore[reportOptionalOperand]
+        """Return the micro-batches that each rank trains on before the next collection."""
+        assert self.steps_per_generation is not None
+        return self.steps_per_generation * self.num_iterations
 
     @property
     def clip_window_is_inert(self) -> bool:
-        """Whether each collection makes a single optimizer step, so that every log-ratio is 0 and nothing clips."""
+        """Return whether each collection makes a single optimizer step.
+
+        Then every log-ratio is 0 and nothing is clipped.
+        """
         return self.micro_steps_per_collection <= self.gradient_accumulation_steps
 
 
@@ -264,23 +323,24 @@ class GMPOConfig(GRPOConfig):
 
     epsilon: float = option(
         0.4,
-        "Lower clip bound of the log-ratio, in nats: tokens of completions with a negative advantage are capped below "
-        "-epsilon. 0.4 is the paper's window, ratios in (0.67, 1.49).",
+        "Lower clip bound of the log-ratio, in nats: tokens of completions with a negative "
+        "advantage are capped below -epsilon. 0.4 is the paper's window, ratios in (0.67, 1.49).",
         low=0.0,
         low_open=True,
+        infinite=True,
     )
 
     algorithm = "gmpo"
 
 
 def nearest_multiples(size: int, divisor: int) -> str:
-    """The multiples of `divisor` on both sides of `size`, in words."""
+    """Return the multiples of `divisor` on both sides of `size`, in words."""
     below = size // divisor * divisor
     return f"{below} or {below + divisor}" if below else str(divisor)
 
 
-def changed_options(config: Any) -> dict[str, Any]:
-    """The options of `config` that are not at their default, by name, as resolved."""
+def changed_options(config: GRPOConfig) -> dict[str, Any]:
+    """Return the options of `config` that are not at their default, by name, as resolved."""
     plain = type(config)(output_dir=config.output_dir)
     return {
         f.name: getattr(config, f.name)

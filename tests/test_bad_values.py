@@ -13,12 +13,15 @@ OURS = {f.name: f for settings in STAGE_SETTINGS for f in dataclasses.fields(set
 def illegal_values(name):
     """Of one option: out of its bounds, not among its choices, of another type."""
     rules, declared = rules_of(OURS[name]), declared_type(GMPOConfig("unused"), name)
-    if rules.low is not None:
-        yield from (rules.low - 1, rules.low) if rules.low_open else (rules.low - 1,)
-    if rules.high is not None:
-        yield rules.high + 1
-    if "float" in declared and (rules.low is not None or rules.high is not None):
+    bounds = rules.bounds
+    if bounds.low is not None:
+        yield from (bounds.low - 1, bounds.low) if bounds.low_open else (bounds.low - 1,)
+    if bounds.high is not None:
+        yield bounds.high + 1
+    if declared.startswith("float"):
         yield float("nan")
+        if not bounds.infinite:
+            yield float("inf")
     if rules.choices is not None:
         yield "nonsense"
     if "None" not in declared:

@@ -120,7 +120,10 @@ ILLEGAL = [
     ({"batch_eval_metrics": True}, "batch_eval_metrics=True .*whole evaluation set"),
     ({"fp16": True, "use_cpu": True}, "fp16=True .*bf16=True"),
     ({"use_vllm": True, "vllm_enable_sleep_mode": True, "use_cpu": True}, "this run has no GPU"),
-    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 can't act: there are no labels"),
+    (
+        {"label_smoothing_factor": 0.1},
+        "label_smoothing_factor=0.1 has no effect: there are no labels",
+    ),
     ({"label_names": ["x"]}, "label_names="),
     ({"average_tokens_across_devices": False}, "whole optimizer batch"),
     ({"train_sampling_strategy": "sequential"}, "shuffle_dataset=False"),
@@ -320,6 +323,13 @@ def test_old_names_still_act(make):
     assert config.get_warmup_steps(100) == 25
     assert make(warmup_ratio=1.0).get_warmup_steps(100) == 100
     assert make(scale_rewards=True).scale_rewards == "group"
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_batches_may_be_said_not_to_be_dispatched(make, value):
+    """It is what gmpo sets for streams, and what TRL's error tells to set."""
+    config = make(accelerator_config={"dispatch_batches": value})
+    assert config.accelerator_config.dispatch_batches is value
 
 
 def test_json_strings_are_read_as_dicts(make):

@@ -34,6 +34,7 @@ class ObjectiveSettings:
         "Lower clip bound. GRPO's family: ratios below 1 - epsilon. GMPO: log-ratios below -epsilon.",
         low=0.0,
         low_open=True,
+        infinite=True,
     )
     epsilon_high: float | None = option(
         None,
@@ -41,6 +42,7 @@ class ObjectiveSettings:
         "takes epsilon.",
         low=0.0,
         low_open=True,
+        infinite=True,
     )
     delta: float | None = option(
         None,
@@ -48,6 +50,7 @@ class ObjectiveSettings:
         "(GMPO). None for no bound.",
         low=0.0,
         low_open=True,
+        infinite=True,
     )
     importance_sampling_level: str = option(
         "token",
@@ -88,6 +91,7 @@ class ObjectiveSettings:
         None,
         "Drop completions with a negative advantage whose mean log-ratio of sampler to policy "
         "exceeds this many nats.",
+        infinite=True,
     )
     use_bias_correction_kl: bool = option(
         False, "Weigh each token's KL by its importance ratio, with its gradient."
@@ -112,11 +116,15 @@ class ObjectiveSettings:
         choices=CORRECTION_MODES,
     )
     vllm_importance_sampling_clip_max: float | None = option(
-        3.0, "Upper bound of that ratio.", low=0.0, low_open=True
+        3.0, "Upper bound of that ratio.", low=0.0, low_open=True, infinite=True
     )
     vllm_importance_sampling_clip_min: float | None = option(
         None, "Lower bound of that ratio.", low=0.0
     )
     vllm_importance_sampling_cap: float | None = option(
-        None, "Old name of vllm_importance_sampling_clip_max.", low=0.0, low_open=True
+        None,
+        "Old name of vllm_importance_sampling_clip_max.",
+        low=0.0,
+        low_open=True,
+        infinite=True,
     )

@@ -1,6 +1,5 @@
 """Options of the reward stage: from scores to advantages."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,9 +35,6 @@ def check_rewards(settings: RewardSettings) -> None:
             f"scale_rewards={settings.scale_rewards!r} has no effect with multi_objective_aggregation="
             "'normalize_then_sum', which normalises in the group and then over all rows. Leave it at 'group'."
         )
-    weights = settings.reward_weights
-    if weights is not None and not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"reward_weights={weights!r} must be finite numbers.")
 
 
 def check_weights(reward_weights: Sequence[float] | None, num_sources: int) -> None:
