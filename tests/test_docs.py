@@ -1,4 +1,4 @@
-"""README and docs say what is so: their snippets run, the names in them exist, their errors are raised."""
+"""README and docs are true: snippets run, names exist, quoted errors are in the code."""
 
 import ast
 import dataclasses
@@ -179,7 +179,7 @@ def test_every_page_is_in_the_menu_of_the_site():
 
 
 def literal(node):
-    """Return the text of a string in the source, with … for what is filled in; None for another node."""
+    """Return the text of a string in the source, with … for what is filled in, or None."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.sub(r"%[dsgr]", "…", node.value)
     if isinstance(node, ast.JoinedStr):
