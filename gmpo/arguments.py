@@ -16,7 +16,7 @@ from gmpo.data.loaders import kept_columns
 from gmpo.data.sampler import CollectionSize
 from gmpo.option import advice
 from gmpo.policy.load import load_tokenizer
-from gmpo.reward.sources import FunctionReward
+from gmpo.reward.functions import FunctionReward
 from gmpo.reward.types import RewardSource
 from gmpo.rollout.prompts.dataset import check_dataset
 from gmpo.rollout.prompts.encoder import PromptEncoder

@@ -132,7 +132,10 @@ def test_no_peer_is_imported():
 
 
 def test_nothing_of_ours_unpickles():
-    """Weights and states come from elsewhere; only ranks that trust each other exchange objects."""
+    """Weights and states come from elsewhere; only ranks that trust each other exchange objects.
+
+    A reward's worker process unpickles what its own parent writes to its stdin, and nothing else.
+    """
 
     def offends(node: ast.AST) -> bool:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -143,6 +146,7 @@ def test_nothing_of_ours_unpickles():
     offenders = [
         str(path.relative_to(ROOT))
         for path in FILES
-        if any(offends(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        if path not in (ROOT / "reward" / "pool.py", ROOT / "reward" / "worker.py")
+        and any(offends(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     ]
     assert offenders == []

@@ -1,6 +1,8 @@
 """What a reward is asked, and what anything that scores looks like."""
 
+import copy
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,39 +16,47 @@ class RewardCall:
     rollouts: Sequence[Rollout]
     columns: Mapping[str, list[Any]]  # the other columns of the dataset, N values each
     trainer_state: Any
-    log_extra: Callable[
-        [str, Sequence[Any]], None
-    ]  # (column, N values): a column for the table of completions
-    log_metric: Callable[
-        [str, float], None
-    ]  # (name, value): averaged over all calls until the next log
+    log_extra: Callable[[str, Sequence[Any]], None]  # a column for the table of completions
+    log_metric: Callable[[str, float], None]  # averaged over all calls until the next log
 
     def keywords(self) -> dict[str, Any]:
-        """As keywords for a reward function.  Lists and messages are fresh: a function may change what it gets."""
+        """Return the keywords for a reward function.
+
+        Values that can be changed are copies, one for each row: rows of a group share theirs.
+        """
+        columns = {
+            name: [fresh(value) for value in values] for name, values in self.columns.items()
+        }
         return {
-            **{name: list(values) for name, values in self.columns.items()},
-            "prompts": [_fresh(rollout.prompt.source) for rollout in self.rollouts],
-            "completions": [_fresh(rollout.completion) for rollout in self.rollouts],
+            **columns,
+            "prompts": [fresh(rollout.prompt.source) for rollout in self.rollouts],
+            "completions": [fresh(rollout.completion) for rollout in self.rollouts],
             "completion_ids": [list(rollout.ids) for rollout in self.rollouts],
+            "opened": [rollout.prompt.opened for rollout in self.rollouts],
             "trainer_state": self.trainer_state,
             "log_extra": self.log_extra,
             "log_metric": self.log_metric,
         }
 
 
+Answer = Iterable[float | None]
+
+
 @runtime_checkable
 class RewardSource(Protocol):
-    """Anything that scores.  It may take its time, work in another process, and leave rows unscored (None)."""
+    """Anything that scores.  It may work in another process, and leave rows unscored (None)."""
 
     name: str  # in the metrics: rewards/{name}/mean
-    asynchronous: (
-        bool  # `score` returns an awaitable: it is started first and runs beside the others
-    )
+    asynchronous: bool  # `score` returns an awaitable or a future: it is started first
 
-    def score(self, call: RewardCall) -> Iterable[float | None] | Awaitable[Iterable[float | None]]:
-        """One finite number, or None for "not scored", per rollout of `call`, in order."""
+    def score(self, call: RewardCall) -> "Answer | Awaitable[Answer] | Future[Answer]":
+        """Return one finite number, or None for "not scored", per rollout of `call`, in order."""
         ...
 
 
-def _fresh(text: Any) -> Any:
-    return [dict(message) for message in text] if isinstance(text, list) else text
+def fresh(value: Any) -> Any:
+    """Return a copy of what could be changed in place; other values as they are."""
+    changeable = isinstance(value, list | dict | set | bytearray)
+    if changeable or type(value).__module__ == "numpy":
+        return copy.deepcopy(value)
+    return value

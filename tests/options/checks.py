@@ -1,6 +1,7 @@
 """Options that a comparison of two runs can't show: each has a function that shows it."""
 
 import contextlib
+import math
 import os
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,7 +15,11 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from gmpo.config import GMPOConfig
+from gmpo.reward.score import score
+from gmpo.reward.sources import build_sources
 from tests.options.runs import ROWS, SCENARIOS, Run, Scenario, build, fresh_run, run
+from tests.reward.cases import rollout
+from tests.reward.vicious import HARMED, PROCESS, vicious
 
 # -- what a run shows --------------------------------------------------------------------------------------------------
 
@@ -116,6 +121,28 @@ def trust_remote_code(monkeypatch, folder):
         build(SCENARIOS["by path"], {"trust_remote_code": trusted}, folder / str(trusted))
         assert seen["AutoModelForCausalLM"] == {trusted}
         assert seen["AutoTokenizer"] <= {trusted, None} and trusted in seen["AutoTokenizer"]
+
+
+def scored(completion, answer, folder, **options):
+    """The reward of one completion from a function that may do harm."""
+    (source,) = build_sources(vicious, settings=GMPOConfig(str(folder), use_cpu=True, **options))
+    return score([source], [rollout("?", completion)], [{"answer": answer}]).rewards.item()
+
+
+def reward_workers(monkeypatch, folder):
+    assert scored(PROCESS, None, folder) == os.getpid()
+    assert scored(PROCESS, None, folder, reward_workers=1) != os.getpid()
+
+
+def reward_timeout(monkeypatch, folder):
+    assert scored(HARMED, "short_sleep", folder, reward_workers=1) == 1.0
+    assert math.isnan(scored(HARMED, "short_sleep", folder, reward_workers=1, reward_timeout=0.5))
+
+
+def reward_memory_limit(monkeypatch, folder):
+    assert scored(HARMED, "some_memory", folder, reward_workers=1) == 1.0
+    limits = {"reward_workers": 1, "reward_memory_limit": 0.2}
+    assert math.isnan(scored(HARMED, "some_memory", folder, **limits))
 
 
 def sync_ref_model(monkeypatch, folder):

@@ -59,6 +59,9 @@ REWARD: dict[str, Row] = {
     "reward_weights": Acts([0.0, 1.0], o.advantages, scenario="two rewards"),
     "multi_objective_aggregation": Acts("normalize_then_sum", o.advantages, scenario="two rewards"),
     "scale_rewards": Acts("none", o.advantages),
+    "reward_workers": Checked(checks.reward_workers),
+    "reward_timeout": Checked(checks.reward_timeout),
+    "reward_memory_limit": Checked(checks.reward_memory_limit),
 }
 POLICY: dict[str, Row] = {
     "model_init_kwargs": Acts(

@@ -1,19 +1,14 @@
+import os
 import signal
 import threading
 
 import pytest
 
-from gmpo.reward.math_judge import MathJudge
+from gmpo.reward.math_judge import is_right, verdict, verdicts
+from gmpo.reward.pool import Limits, shared_pool
 
 pytest.importorskip("math_verify")
 FOR_EVER = "\\boxed{9^{9^{9^{9}}}}"
-
-
-@pytest.fixture(scope="module")
-def judge():
-    judge = MathJudge(timeout_s=60)
-    yield judge
-    judge.close()
 
 
 VERDICTS = [
@@ -42,56 +37,66 @@ VERDICTS = [
 
 
 @pytest.mark.parametrize(("gold", "text", "expected"), VERDICTS)
-def test_answers_are_compared_as_mathematics(judge, gold, text, expected):
-    assert judge.verdict(gold, text) is expected
+def test_answers_are_compared_as_mathematics(gold, text, expected):
+    assert verdict(gold, text) is expected
 
 
-def test_what_never_ends_is_wrong_and_the_next_answer_is_judged_again(caplog):
-    judge = MathJudge(timeout_s=1)
-    try:
-        assert judge.verdict("5", FOR_EVER) is False
-        assert "no answer within 1 s" in caplog.text
-        judge.timeout_s = 60
-        assert judge.verdict("5", "\\boxed{5}") is True
-    finally:
-        judge.close()
+BASES_AND_UNITS = [
+    ("52_8", "\\boxed{52_9}", False),
+    ("52_8", "\\boxed{52_{8}}", True),
+    ("52_8", "\\boxed{52}", True),
+    ("15\\mbox{ cm}^2", "\\boxed{15\\mbox{ cm}^3}", False),
+    ("15\\mbox{ cm}^2", "\\boxed{15\\text{ cm}^2}", True),
+    ("15\\mbox{ cm}^2", "\\boxed{15}", True),
+    ("a_1 + a_2", "\\boxed{a_2 + a_1}", True),
+]
 
 
-def test_a_child_that_died_meanwhile_costs_one_answer_at_most():
-    judge = MathJudge(timeout_s=60)
-    try:
-        assert judge.verdict("5", "5") is True
-        judge._child.kill()
-        judge._child.wait()
-        judge.verdict("5", "5")
-        assert judge.verdict("5", "5") is True
-    finally:
-        judge.close()
+@pytest.mark.parametrize(("gold", "text", "expected"), BASES_AND_UNITS)
+def test_bases_and_powers_of_units_are_compared(gold, text, expected):
+    assert is_right(gold, text) is expected
 
 
-def test_an_interrupted_question_does_not_leave_its_answer_to_the_next():
-    class Interrupted:
-        closed = True
-
-        def readline(self):
-            raise KeyboardInterrupt
-
-    judge = MathJudge(timeout_s=60)
-    try:
-        judge.verdict("5", "5")
-        answers, judge._child.stdout = judge._child.stdout, Interrupted()
-        with answers, pytest.raises(KeyboardInterrupt):
-            judge.verdict("5", "5")
-        assert judge.verdict("5", "6") is False
-    finally:
-        judge.close()
+def test_what_never_ends_is_wrong_and_the_others_are_judged(caplog):
+    limits = Limits(wall_s=60, cpu_s=1.0, memory_bytes=2**30)
+    questions = [("5", FOR_EVER), ("5", "\\boxed{5}"), ("5", f"so {FOR_EVER}"), ("5", "6")]
+    assert verdicts(questions, limits=limits) == [False, True, False, False]
+    assert caplog.text.count("no verdict") == 2
+    assert verdict("5", "\\boxed{5}") is True
 
 
-def test_threads_share_the_judge_and_get_their_own_answers(judge):
+def test_the_same_answer_is_judged_once(caplog):
+    limits = Limits(wall_s=60, cpu_s=1.0, memory_bytes=2**30)
+    assert verdicts([("5", FOR_EVER)] * 20, limits=limits) == [False] * 20
+    assert caplog.text.count("no verdict") == 1
+
+
+def test_a_worker_that_died_meanwhile_costs_no_answer():
+    assert verdict("5", "5") is True
+    for pid in shared_pool().pids():
+        os.kill(pid, signal.SIGKILL)
+    assert [verdict("5", "5") for _ in range(3)] == [True] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+def test_forked_processes_have_workers_of_their_own():
+    assert verdict("5", "5") is True
+    children = []
+    for number in range(2):
+        if (pid := os.fork()) == 0:
+            right = [verdict(str(i), f"\\boxed{{{number}}}") for i in range(2)]
+            shared_pool().close()
+            os._exit(0 if right == [number == 0, number == 1] else 1)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+    assert verdict("5", "6") is False
+
+
+def test_threads_share_the_workers_and_get_their_own_answers():
     results = {}
 
     def ask(i):
-        results[i] = [judge.verdict(str(i), f"\\boxed{{{n}}}") for n in range(8)]
+        results[i] = [verdict(str(i), f"\\boxed{{{n}}}") for n in range(8)]
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
     for thread in threads:
@@ -101,21 +106,23 @@ def test_threads_share_the_judge_and_get_their_own_answers(judge):
     assert results == {i: [n == i for n in range(8)] for i in range(8)}
 
 
-def test_the_alarm_of_the_caller_is_left_alone(judge):
+def test_the_alarm_of_the_caller_is_left_alone():
     def handler(*_):
         pytest.fail("not due yet")
 
     before = signal.signal(signal.SIGALRM, handler)
     signal.alarm(1000)
     try:
-        judge.verdict("5", "\\boxed{5}")
+        verdict("5", "\\boxed{5}")
         assert signal.alarm(0) > 900
         assert signal.getsignal(signal.SIGALRM) is handler
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_child_that_can_t_start_is_an_error_and_not_a_wrong_answer(monkeypatch):
+def test_a_worker_that_can_t_start_is_an_error_and_not_a_wrong_answer(monkeypatch):
+    shared_pool().close()
+    monkeypatch.setattr("gmpo.reward.pool._pools", {})
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="did not start"):
-        MathJudge().verdict("5", "5")
+    with pytest.raises(RuntimeError, match="could not be run: its process ended"):
+        verdict("5", "5")

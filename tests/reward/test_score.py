@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gmpo.reward.score import as_scores, event_loop, score
+from gmpo.reward.answers import as_scores
+from gmpo.reward.score import event_loop, score
 from gmpo.reward.sources import build_sources
 from tests.reward.cases import assistant, rollout, user
 

@@ -2,9 +2,11 @@ import asyncio
 import functools
 
 import pytest
+import torch
 
+from gmpo.reward.functions import FunctionReward
 from gmpo.reward.settings import RewardSettings
-from gmpo.reward.sources import FunctionReward, build_sources, columns_of, distinct_names
+from gmpo.reward.sources import build_sources, columns_of, distinct_names
 from gmpo.reward.types import RewardSource
 from tests.reward.cases import assistant, call, rollout, user
 
@@ -68,6 +70,7 @@ def test_a_function_gets_everything_by_keyword():
         "prompts": ["a", "c"],
         "completions": ["b", "d"],
         "completion_ids": [[3, 4], [5]],
+        "opened": ["", ""],
         "answer": [1, None],
         "trainer_state": "state",
         "log_extra": asked.log_extra,
@@ -91,17 +94,69 @@ def test_arguments_that_a_partial_has_bound_by_position_are_not_passed_again():
     assert source.score(call([rollout(completion="y")], {"prefix": ["z"]})) == ["xy"]
 
 
-def test_a_wrapper_with_kwargs_gets_everything_even_if_what_it_wraps_does_not():
-    def inner(completions):
-        return [0.0]
+def test_a_decorated_function_gets_what_it_takes_itself():
+    @torch.no_grad()
+    def graded(completions, answer):
+        return [float(value) for value in answer]
+
+    assert FunctionReward(graded).score(call([rollout()], {"answer": ["7"], "level": [1]})) == [7.0]
+
+
+def test_a_decorator_that_adds_an_argument_gets_everything():
+    def inner(completions, scale):
+        return [scale]
 
     @functools.wraps(inner)
     def outer(**kwargs):
-        return [float(kwargs["answer"][0])] if "answer" in kwargs else inner(kwargs["completions"])
+        return inner(kwargs["completions"], float(kwargs["answer"][0]))
 
     source = FunctionReward(outer)
     assert source.name == "inner"
     assert source.score(call([rollout()], {"answer": ["7"]})) == [7.0]
+
+
+def test_a_required_column_is_missed_beside_kwargs_too():
+    def graded(completions, solution, **kwargs):
+        return []
+
+    with pytest.raises(ValueError, match=r"'graded' needs 'solution'.*does not have.*answer"):
+        FunctionReward(graded).check_columns(["prompt", "answer"])
+
+
+@pytest.mark.parametrize("name", ["accuracy", "number_match", "code"])
+def test_builtin_rewards_miss_their_columns_before_the_run(name):
+    (source,) = build_sources(name)
+    with pytest.raises(ValueError, match=f"'{name}' needs .*'(answer|tests)'"):
+        source.check_columns(["prompt", "level"])
+
+
+def test_reserved_columns_are_refused_before_the_run():
+    with pytest.raises(ValueError, match=r"'trainer_state'.*Rename"):
+        FunctionReward(plain).check_columns(["prompt", "trainer_state"])
+
+
+def test_what_can_t_be_called_by_keyword_is_refused():
+    with pytest.raises(ValueError, match=r"takes \*args only"):
+        build_sources(lambda *args: [0.0])
+    with pytest.raises(ValueError, match=r"needs 'self'.*pass that of an object"):
+        FunctionReward(Judge.__call__).check_columns(["prompt"])
+
+
+def test_rows_of_a_group_do_not_share_what_can_be_changed():
+    """A reward that works a list off used to leave nothing of it to the group's other rows."""
+
+    def counts(cases, tree):
+        taken = []
+        for left, branch in zip(cases, tree, strict=True):
+            taken.append(float(len(left) + len(branch["leaves"])))
+            left.clear()
+            branch["leaves"].clear()
+        return taken
+
+    cases, tree = ["a", "b", "c"], {"leaves": [1]}
+    shared = {"cases": [cases] * 3, "tree": [tree] * 3}
+    assert FunctionReward(counts).score(call([rollout()] * 3, shared)) == [4.0, 4.0, 4.0]
+    assert (cases, tree) == (["a", "b", "c"], {"leaves": [1]})
 
 
 def test_a_callable_without_a_signature_gets_everything():
@@ -111,8 +166,8 @@ def test_a_callable_without_a_signature_gets_everything():
         def __call__(self, **kwargs):
             return sorted(kwargs)
 
-    names = ["completion_ids", "completions", "log_extra", "log_metric", "prompts", "trainer_state"]
-    assert FunctionReward(Opaque()).score(call([rollout()])) == names
+    names = {"completion_ids", "completions", "opened", "log_extra", "log_metric", "prompts"}
+    assert set(FunctionReward(Opaque()).score(call([rollout()]))) == names | {"trainer_state"}
 
 
 def test_a_column_that_a_function_needs_is_named_when_it_is_missing():
@@ -204,13 +259,13 @@ REFUSED = [
     ([plain, None], {}, r"None \(NoneType\)"),
     ([[plain]], {}, r"\(list\)"),
     (Judge, {}, r"class Judge.*Judge\(\.\.\.\)"),
-    ("", {}, "no folder here"),
-    ("./models/reward", {}, "no folder here"),
-    ("/models/reward", {}, "no folder here"),
-    ("~/models/reward", {}, "no folder here"),
-    ("a/b/c", {}, "no folder here"),
-    ("../reward", {}, "no folder here"),
-    ("accuracies(", {}, "no folder here"),
+    ("", {}, "not a local folder"),
+    ("./models/reward", {}, "not a local folder"),
+    ("/models/reward", {}, "not a local folder"),
+    ("~/models/reward", {}, "not a local folder"),
+    ("a/b/c", {}, "not a local folder"),
+    ("../no_reward", {}, "not a local folder"),
+    ("accuracies(", {}, "no reward 'accuracies|can't be read"),
     ("own.py:nothing", {}, "no file"),
     (
         plain,
@@ -236,7 +291,7 @@ def test_everything_is_looked_at_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setattr(
         "gmpo.reward.sources.load_model_reward", lambda *_: pytest.fail("a model was loaded")
     )
-    with pytest.raises(ValueError, match="no folder here"):
+    with pytest.raises(ValueError, match="not a local folder"):
         build_sources(["owner/model", "./missing"])
 
 
@@ -249,7 +304,7 @@ def test_columns_leave_out_what_rewards_get_from_the_rollout():
 
 
 @pytest.mark.parametrize(
-    "name", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"]
+    "name", ["prompts", "completions", "opened", "trainer_state", "log_extra", "log_metric"]
 )
 def test_a_column_with_the_name_of_an_argument_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}'.*Rename"):
