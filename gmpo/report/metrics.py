@@ -5,13 +5,13 @@ and `Metrics.reduce` puts the ranks together once per log.
 """
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -224,9 +224,17 @@ class Stopwatch:
 
 
 def peak_memory() -> int:
-    """The most bytes held at once so far: allocated on the GPU where there is one, else resident in main memory."""
+    """Return the most bytes held at once so far.
+
+    They are those allocated on the GPU where there is one, else those resident in main memory.
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue] (Windows only)
+
+    import resource  # POSIX only
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
+from huggingface_hub.utils import yaml_dump
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,7 @@ def model_card(
     }
     variant = VARIANTS.get(getattr(args, "loss_type", "")) if algorithm == "grpo" else None
     parts = [
-        "---\n"
-        + yaml.safe_dump({key: value for key, value in head.items() if value}, sort_keys=False)
-        + "---",
+        "---\n" + yaml_dump({key: value for key, value in head.items() if value}) + "---",
         f"# {model_name}",
         introduction(method, base_model, datasets, variant),
         "## Use\n\n" + usage(model_name, adapter),
