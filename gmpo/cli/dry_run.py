@@ -1,28 +1,26 @@
-"""What a run would do, in numbers: `gmpo train --dry-run`."""
+"""Print what a run would do, in numbers: `gmpo train --dry-run`."""
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
-import yaml
-
-from gmpo.cli.parse import ScriptOptions
+from gmpo.cli.options import ScriptOptions
+from gmpo.cli.yaml_text import dump_yaml
 from gmpo.config import GRPOConfig, changed_options
 from gmpo.data.settings import Resolved
 from gmpo.objective.check import unread_options
 
-# what a config file may not say beside the rest: secrets, notes of the config's own
+# What a config file may not say beside the rest: secrets, and the config's notes to itself.
 NOT_TO_REPEAT = {"hub_token", "_n_gpu"}
 
 
 def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> str:
-    """The resolved options as YAML, those that differ from the defaults first, and the batch arithmetic.
+    """Return the options as YAML, those that differ from the defaults first, and the arithmetic.
 
-    As a config file it asks for the same run.  Options of other objectives and sizes that follow from others are
-    left out.
+    As a config file it asks for the same run.  Options of other objectives and sizes that follow
+    from others are left out.
 
     Args:
-        num_prompts: Rows of the training set; None: a stream.
+        num_prompts: Rows of the training set; None for a stream.
     """
     left_out = NOT_TO_REPEAT | unread_options(config, algorithm=config.algorithm)
     left_out |= {name for name, value in vars(config).items() if isinstance(value, Resolved)}
@@ -38,36 +36,33 @@ def plan(script: ScriptOptions, config: GRPOConfig, num_prompts: int | None) -> 
     return "\n".join(
         [
             "# what to train, and what differs from the defaults",
-            as_yaml(own | first),
+            dump_yaml(own | first),
             "# everything else; options of other objectives are left out",
-            as_yaml(rest),
+            dump_yaml(rest),
             "# the arithmetic",
             *arithmetic(config, num_prompts),
         ]
     )
 
 
-def as_yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(
-        values, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False
-    )
-
-
 def arithmetic(config: GRPOConfig, num_prompts: int | None) -> Iterator[str]:
-    """How prompts become completions, collections and optimizer steps, a line each."""
-    completions = config.generation_batch_size
+    """Yield how prompts become completions, collections and optimizer steps, a line each."""
+    completions, prompts = config.generation_batch_size, config.prompts_per_collection
     micro_steps = config.micro_steps_per_collection
     rows = (
         config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     )
-    prompts, updates = (
-        config.prompts_per_collection,
-        micro_steps / config.gradient_accumulation_steps,
-    )
+    updates = micro_steps / config.gradient_accumulation_steps
     yield f"# a collection: {prompts} prompts x {config.num_generations} = {completions} completions"
-    yield f"# an optimizer step: {rows} completions of {config.world_size} process(es); {updates:g} per collection"
+    yield (
+        f"# an optimizer step: {rows} completions of {config.world_size} process(es); {updates:g} "
+        "per collection"
+    )
     if config.clip_window_is_inert:
-        yield "#   one step per collection: no ratio differs from 1, so no clipping (raise steps_per_generation)"
+        yield (
+            "#   one step per collection: no ratio differs from 1, so no clipping "
+            "(raise steps_per_generation)"
+        )
     if num_prompts is not None:
         yield f"# an epoch: {num_prompts // prompts} collections of the {num_prompts} prompts"
     steps = total_steps(config, num_prompts)
@@ -75,15 +70,16 @@ def arithmetic(config: GRPOConfig, num_prompts: int | None) -> Iterator[str]:
 
 
 def total_steps(config: GRPOConfig, num_prompts: int | None) -> int | None:
-    """Optimizer steps of the whole training, as the Trainer counts them; None: it depends on a stream.
+    """Return the optimizer steps of the training, as the Trainer counts them; None for a stream.
 
     Raises:
         ValueError: If the prompts do not fill one collection.
     """
     if num_prompts is not None and num_prompts < config.prompts_per_collection:
         raise ValueError(
-            f"The training set has {num_prompts} prompt(s), but one collection needs {config.prompts_per_collection}. "
-            "Add prompts, or lower generation_batch_size (steps_per_generation)."
+            f"The training set has {num_prompts} prompt(s), but one collection needs "
+            f"{config.prompts_per_collection}. Add prompts, or lower generation_batch_size "
+            "(steps_per_generation)."
         )
     if config.max_steps > 0:
         return config.max_steps

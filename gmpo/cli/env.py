@@ -18,6 +18,7 @@ PACKAGES = (
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Print versions and devices."""
     if arguments:
         raise ValueError(f"it takes no arguments, got {' '.join(arguments)!r}.")
     lines = {"python": f"{platform.python_version()} on {platform.platform()}"}
@@ -28,6 +29,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def version(package: str) -> str:
+    """Return the installed version of `package`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -35,7 +37,7 @@ def version(package: str) -> str:
 
 
 def device() -> str:
-    """The accelerators that torch sees, or the processor."""
+    """Return the accelerators that torch sees, or the processor."""
     import torch
 
     if torch.cuda.is_available():

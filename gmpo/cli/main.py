@@ -1,8 +1,13 @@
-"""The `gmpo` command.  Nothing heavy is imported before a command runs, so that help and version answer at once."""
+"""The `gmpo` command.
+
+Nothing heavy is imported before a command runs, so that help, version and typos are answered at
+once.
+"""
 
 import argparse
 import difflib
 import importlib
+import re
 import sys
 import sysconfig
 import traceback
@@ -43,23 +48,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(COMMANDS)}."
         return complain(f"gmpo has no command {command!r}.{hint}")
+    rest = arguments[position + 1 :]
+    if {"-h", "--help"} & set(rest):
+        print(command_help(command))
+        return 0
+
     try:
-        importlib.import_module(f"gmpo.cli.{command}").run(arguments[position + 1 :])
+        if command == "train":
+            refuse_unknown_flags(rest)
+        importlib.import_module(f"gmpo.cli.{command}").run(rest)
     except (*USER_ERRORS, RuntimeError) as error:
         for_users = isinstance(error, USER_ERRORS) or getattr(error, "tells_what_to_do", False)
         if options.debug or not for_users or needs_traceback(error):
             raise
-        lines = [f"gmpo {command}: {error}", *getattr(error, "__notes__", ())]
+        lines = [f"gmpo {command}: {error}", *notes_of(error)]
         return complain(
             "\n".join([*lines, f"(gmpo --debug {command} ... shows where this comes from)"])
         )
     except KeyboardInterrupt as error:
         if options.debug:
             raise
-        return complain(
-            "\n".join([f"gmpo {command}: interrupted.", *getattr(error, "__notes__", ())]),
-            status=130,
-        )
+        lines = [f"gmpo {command}: interrupted.", *notes_of(error)]
+        return complain("\n".join(lines), status=130)
     return 0
 
 
@@ -78,16 +88,42 @@ def top_level_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def command_help(command: str) -> str:
+    """Return what `gmpo COMMAND --help` prints."""
+    if command == "train":
+        return importlib.import_module("gmpo.cli.help").train_help()
+    module = importlib.import_module(f"gmpo.cli.{command}")
+    if hasattr(module, "parser"):
+        return module.parser().format_help().rstrip()
+    return f"usage: gmpo {command}\n\n{COMMANDS[command]}."
+
+
+def refuse_unknown_flags(arguments: Sequence[str]) -> None:
+    """Raise a ValueError for a flag that doesn't exist, before anything heavy is imported."""
+    names = importlib.import_module("gmpo.cli.help").option_names()
+    options = importlib.import_module("gmpo.cli.options")
+    for argument in arguments:
+        if argument.startswith("--") and options.plain_name(argument) not in names:
+            raise ValueError(options.unknown_option(argument, names))
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Return the notes of an error in the words of the command line."""
+    python = re.compile(r"(?:trainer\.)?train\(resume_from_checkpoint=True\)")
+    return [python.sub("--resume latest", note) for note in getattr(error, "__notes__", ())]
+
+
 def complain(message: str, *, status: int = 2) -> int:
     print(message, file=sys.stderr)
     return status
 
 
 def needs_traceback(error: BaseException) -> bool:
-    """Whether a message alone would hide where `error` comes from.
+    """Return True if a message alone would hide where `error` comes from.
 
-    So it is for the user's own code, and for errors of other packages once the training runs: those can't be told from
-    defects.  What gmpo itself raises, and what goes wrong before the training, is told by its message.
+    So it is for the user's own code, and for errors of other packages once the training runs: those
+    can't be told from defects.  What gmpo itself raises, and what goes wrong before the training, is
+    told by its message.
     """
     frames = traceback.extract_tb(error.__traceback__)
     if any(is_user_code(frame.filename) for frame in frames):
@@ -99,7 +135,7 @@ def needs_traceback(error: BaseException) -> bool:
 
 
 def is_user_code(file: str) -> bool:
-    """Whether `file` belongs neither to gmpo nor to an installed package nor to Python."""
+    """Return True if `file` belongs neither to gmpo nor to an installed package nor to Python."""
     if file.startswith("<"):
         return False
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}

@@ -133,3 +133,52 @@ def test_env_prints_a_version_for_each_package_and_the_device(capsys):
 def test_env_refuses_arguments(capsys):
     assert cli.main(["env", "--all"]) == 2
     assert "takes no arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_help_that_needs_nothing_heavy(name):
+    code = f"""
+import sys
+from gmpo.cli.main import main
+main([{name!r}, "--help"])
+print("imported:", sorted({{"torch", "transformers", "datasets", "vllm"}} & set(sys.modules)))
+"""
+    lines = python("-c", code).stdout.splitlines()
+    assert lines[-1] == "imported: []"
+    assert f"gmpo {name}" in lines[0]
+
+
+def test_a_mistyped_option_is_answered_without_heavy_imports():
+    code = """
+import sys
+from gmpo.cli.main import main
+status = main(["train", "--num_generation", "4"])
+print(status, sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
+"""
+    result = python("-c", code)
+    assert result.stdout == "2 []\n"
+    assert "no option --num_generation. Did you mean --num_generations?" in result.stderr
+
+
+def test_the_help_knows_every_option_and_default():
+    """It reads them in the source; here are the classes themselves."""
+    from dataclasses import MISSING, fields
+
+    from gmpo.cli import help
+    from gmpo.cli.parse import known_options
+    from gmpo.config import GMPOConfig
+
+    assert known_options(GMPOConfig) <= help.option_names()
+    shown = help.overridden()
+    for field in fields(GMPOConfig):
+        if field.name in shown and field.default is not MISSING:
+            assert shown[field.name] == field.default, field.name
+
+
+def test_notes_speak_the_language_of_the_command_line(command, capsys):
+    note = "What was learned is in out/checkpoint-3; train(resume_from_checkpoint=True) goes on."
+    command(
+        f"def run(arguments):\n    error = ValueError('no')\n    error.add_note({note!r})\n    raise error"
+    )
+    assert cli.main(["made_up"]) == 2
+    assert "checkpoint-3; --resume latest goes on." in capsys.readouterr().err

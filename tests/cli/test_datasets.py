@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import datasets
@@ -77,7 +78,8 @@ def test_the_prompt_column_takes_the_place_of_one_called_prompt(file):
 
 def test_a_missing_column_is_refused_with_the_likely_one(file):
     with pytest.raises(
-        ValueError, match=r"no column 'prompt', but question, answer.*--prompt_column question"
+        ValueError,
+        match=r"no column 'prompt'; its columns are: question, answer.*--prompt_column question",
     ):
         load_rows(file("rows.jsonl"))
 
@@ -115,3 +117,45 @@ def test_prompts_in_both_sets_are_counted(file):
     first = load_rows(file("a.jsonl", [{"prompt": p} for p in "abcc"]), as_messages=True)
     second = load_rows(file("b.jsonl", [{"prompt": p} for p in "bcd"]), as_messages=True)
     assert count_shared_prompts(second, first) == 2
+
+
+def test_several_files_of_one_kind_are_one_dataset(file):
+    paths = [file("a.jsonl", ROWS[:1]), file("b.jsonl", ROWS[1:])]
+    assert load_rows(paths, prompt_column="question")["answer"] == ["1", "2", "3", "4"]
+    with pytest.raises(ValueError, match="not of one kind"):
+        load_rows([paths[0], file("c.csv")], prompt_column="question")
+
+
+def test_a_compressed_file_gives_its_rows(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)))
+    assert load_rows(str(path), prompt_column="question")["answer"] == ["1", "2", "3", "4"]
+
+
+def test_a_folder_of_save_to_disk_gives_its_rows_and_slices(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "two")
+
+    def answers(folder, split):
+        rows = load_rows(str(tmp_path / folder), split=split, prompt_column="question")
+        return list(rows["answer"])
+
+    assert answers("one", "train") == ["1", "2", "3", "4"]
+    assert answers("two", "test") == ["1"]
+    assert answers("two", "train[1:3]") == ["2", "3"]
+    assert answers("two", "train[:50%]") == ["1", "2"]
+    assert answers("two", "train[-1:]") == ["4"]
+    with pytest.raises(ValueError, match=r"no split 'dev'; its splits are: train, test"):
+        answers("two", "dev")
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+@pytest.mark.parametrize("options", [{}, {"as_messages": True}, {"system_prompt": "Be brief."}])
+def test_a_prompt_that_is_neither_text_nor_messages_is_named(file, prompt, options):
+    rows = [{"prompt": prompt if i == 2 else (None if prompt is None else i)} for i in range(3)]
+    if prompt is None:
+        rows[0]["prompt"] = rows[1]["prompt"] = "a"
+    number = 2 if prompt is None else 0
+    with pytest.raises(ValueError, match=rf"Row {number} of .* has the prompt (None|0)"):
+        load_rows(file("rows.jsonl", rows), **options)

@@ -3,7 +3,9 @@ from typing import get_type_hints
 
 import pytest
 
-from gmpo.cli.parse import ScriptOptions, parse, parse_flags, read_yaml
+from gmpo.cli.options import ScriptOptions
+from gmpo.cli.parse import parse, parse_flags
+from gmpo.cli.yaml_text import read_yaml
 from gmpo.config import GMPOConfig, GRPOConfig
 
 BASICS = ("--model", "org/tiny", "--dataset", "rows.jsonl")
@@ -225,3 +227,79 @@ def test_a_missing_file_is_named():
 def test_illegal_values_are_refused_with_what_was_got(arguments, message):
     with pytest.raises(ValueError, match=message):
         parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", r"run.yaml is not YAML: .*duplicate key \"seed\""),
+        ("num-generations: 4\nnum_generations: 2\n", "gives num_generations twice"),
+        ("algorithm: [gmpo]\n", r"algorithm=\['gmpo'\]"),
+    ],
+)
+def test_what_the_file_says_twice_or_wrongly_is_refused(config_file, text, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        parse([*BASICS, "--config", config_file(text)])
+
+
+def test_numbers_and_words_are_those_of_yaml_1_2(config_file):
+    text = "a: 010\nb: 1:30\nc: 0o10\nd: yes\n"
+    assert read_yaml(config_file(text)) == {"a": 10, "b": "1:30", "c": 8, "d": "yes"}
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("run_name: caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"run.yaml is not text in UTF-8"):
+        read_yaml(str(path))
+
+
+def test_keys_of_the_file_may_have_dashes(config_file):
+    _, config = parse([*BASICS, "--config", config_file("num-generations: 4\n")])
+    assert config.num_generations == 4
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("output_dir: ~/out\nmodel: ~/m\neval_dataset: ~/e.csv\n")
+    flags = ["--config", "~/run.yaml", "--dataset", "~/a.jsonl", "--resume", "~/out/checkpoint-1"]
+    script, config = parse(flags)
+    home = str(tmp_path)
+    assert (script.model, script.dataset) == (f"{home}/m", f"{home}/a.jsonl")
+    assert (script.eval_dataset, script.resume) == (f"{home}/e.csv", f"{home}/out/checkpoint-1")
+    assert config.output_dir == f"{home}/out"
+
+
+def test_mappings_of_the_trainer_are_yaml_in_flags_too():
+    _, config = parse([*BASICS, "--generation_kwargs", "{seed: 1}"])
+    assert config.generation_kwargs == {"seed": 1}
+
+
+def test_several_files_and_patterns_are_one_dataset(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text("{}")
+    both = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    model = ["--model", "m", "--dataset"]
+    assert parse([*model, *both])[0].dataset == both
+    assert parse([*model, str(tmp_path / "*.jsonl")])[0].dataset == both
+    with pytest.raises(FileNotFoundError, match=r"no file like .*csv"):
+        parse([*model, str(tmp_path / "*.csv")])
+    with pytest.raises(ValueError, match="There is no dataset"):
+        parse([*model, ""])
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--lora_r", r"--peft '\{r: \.\.\.\}'"),
+        ("--lora-target-modules", r"--peft '\{target_modules: "),
+        ("--load_in_4bit", r"--quantization '\{load_in_4bit: "),
+        ("--use_peft", r"--peft '\{r: "),
+    ],
+)
+def test_the_peers_flags_for_adapters_are_answered_with_ours(flag, hint):
+    with pytest.raises(
+        ValueError,
+        match=f"There is no option {flag.replace('-t', '_t').replace('-m', '_m')}.*{hint}",
+    ):
+        parse([*BASICS, flag, "8"])

@@ -10,7 +10,7 @@ from gmpo.cli import train
 from gmpo.cli.main import main
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.report.progress import ProgressLines
-from gmpo.reward.by_name import BUILTIN
+from gmpo.reward.builtin import NumberMatch
 from gmpo.reward.reasoning_gym import bare_number, reasoning_gym
 from tests.tiny import tiny_model
 
@@ -93,7 +93,7 @@ def test_the_trainer_gets_model_rows_rewards_and_config(trainer, command):
     assert command("--reward", "number_match", "--temperature", "0.5") == 0
     arguments = gmpo.GMPOTrainer.made.arguments
     assert arguments["model"] == "tiny"
-    assert arguments["reward_funcs"] == [BUILTIN["number_match"]]
+    assert arguments["reward_funcs"] == [NumberMatch()]
     assert arguments["train_dataset"]["prompt"] == ["0 + 1?", "1 + 1?", "2 + 1?", "3 + 1?"]
     assert arguments["eval_dataset"] is None
     assert arguments["processing_class"] is trainer.tokenizer
@@ -167,6 +167,9 @@ def test_a_checkpoint_folder_is_passed_on_and_must_exist(trainer, command, tmp_p
     assert command("--reward", "number_match", "--resume", str(folder)) == 2
     assert "no checkpoint folder" in capsys.readouterr().err
     folder.mkdir()
+    assert command("--reward", "number_match", "--resume", str(folder)) == 2
+    assert "is not a checkpoint: it has no trainer_state.json" in capsys.readouterr().err
+    (folder / "trainer_state.json").write_text("{}")
     command("--reward", "number_match", "--resume", str(folder))
     assert ("train", str(folder)) in gmpo.GMPOTrainer.made.calls
 
@@ -391,3 +394,33 @@ def test_ctrl_c_ends_with_a_line_and_its_own_status(monkeypatch, capsys):
     monkeypatch.setattr("gmpo.cli.train.run", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "gmpo train: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("number_match", "needs a dataset column 'answer' or 'solution'"),
+        ("rewards.py:graded", "'graded' needs 'solution'"),
+        ("rewards.py:free", "Rename the columns"),
+    ],
+)
+def test_a_dry_run_looks_at_columns(tmp_path, monkeypatch, capsys, reward, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    rows = [{"prompt": "a", **({"prompts": 1} if "free" in reward else {})}] * 8
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(
+        "def graded(completions, solution, **kwargs):\n    return []\n"
+        "def free(completions, **kwargs):\n    return []\n"
+    )
+    flags = ["--model", "./m", "--dataset", "rows.jsonl", "--reward", reward, "--use_cpu"]
+    assert main(["train", *flags, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_quantization_is_a_mapping_of_bitsandbytes(trainer, command, capsys):
+    assert command("--reward", "number_match", "--quantization", "{load_in_8bit: true}") == 0
+    assert gmpo.GMPOTrainer.made.arguments["quantization_config"].load_in_8bit is True
+    assert command("--reward", "number_match", "--quantization", "{load_in_4bits: true}") == 2
+    assert "Did you mean 'load_in_4bit'" in capsys.readouterr().err
