@@ -45,7 +45,8 @@ class ChunkLoss:
         select: [B, T] the tokens that may receive policy gradient.
         denominators: Counts of the whole optimizer batch.
         progress: Share of the training that is done, in [0, 1].
-        entropy_coef: Weight of the entropy bonus.
+        entropy_coef: Weight of the entropy bonus; None without one.
+        router_coef: Weight of the load-balancing loss of a mixture of experts.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class ChunkLoss:
         denominators: Denominators,
         *,
         progress: float,
-        entropy_coef: float,
+        entropy_coef: float | None,
+        router_coef: float,
     ) -> None:
         self.objective = objective
         self.batch = batch
@@ -64,6 +66,7 @@ class ChunkLoss:
         self.denominators = denominators
         self.progress = progress
         self.entropy_coef = entropy_coef
+        self.router_coef = router_coef
         self.statistics = Statistics()  # of the rows that were seen so far
 
     def __call__(self, rows: Tensor, logps: Tensor, entropy: Tensor) -> Tensor:
@@ -92,6 +95,13 @@ class ChunkLoss:
         )
         self.statistics.update(seen)
         return loss
+
+    def router_share(self, router_loss: Tensor) -> Tensor:
+        """Return the share of the chunk's load-balancing loss, a scalar, in the loss."""
+        weight = len(self.batch) / self.denominators.rows
+        figure = (weight * router_loss.detach(), weight)
+        self.statistics.update(Statistics(means={"aux_loss": figure}))
+        return self.router_coef * len(self.batch) / self.denominators.rows * router_loss
 
 
 class Learner:
@@ -148,6 +158,9 @@ class Learner:
     def skips_silent_rows(self, model: nn.Module) -> bool:
         """Return whether rows with an advantage of 0 move nothing, and may stay out of the passes."""
         if self.args.zero_signal_groups == "keep" or self.logprobs.is_routed(model):
+            return False
+        # The controller steers by the entropy of all rows, in steps without a bonus too.
+        if self.entropy_bonus.adaptive:
             return False
         return self.objective.zero_advantage_is_inert(self.entropy_bonus.coef)
 
@@ -209,7 +222,7 @@ class Learner:
     def _add_chunks(self, model: nn.Module, inputs: MicroBatch, progress: float) -> Tensor:
         """Run forward and backward passes over the rows of `inputs` that can move the policy."""
         batch = inputs.batch
-        select = self.select(model, batch)
+        inputs, select = self.with_selection(model, inputs)
         rows, counted = self._rows_with_gradient(model, batch)
         chunks = self.chunks(batch, rows)
         total = torch.zeros((), device=self.args.device)
@@ -227,7 +240,7 @@ class Learner:
         if not chunks:
             fill_missing_gradients(model)
         if inputs.mode is not None:
-            self._count(model, batch, len(rows), statistics if counted else Statistics())
+            self._count(model, inputs, len(rows), statistics if counted else Statistics())
         return total
 
     def _rows_with_gradient(self, model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
@@ -244,15 +257,24 @@ class Learner:
         others_wait = distributed.world_size() > 1 or self.in_step
         return (rows, True) if len(rows) or not others_wait else (everything[:1], False)
 
-    def _count(self, model: nn.Module, batch: Batch, num_rows: int, statistics: Statistics) -> None:
+    def _count(
+        self, model: nn.Module, inputs: MicroBatch, num_rows: int, statistics: Statistics
+    ) -> None:
         """Add what was seen in a micro-batch to the metrics and to the entropy bonus's controller."""
+        num_of_batch = len(inputs.batch)
         if self.skips_silent_rows(model):
-            statistics.means["signal/rows"] = (float(num_rows), float(len(batch)))
+            statistics.means["signal/rows"] = (float(num_rows), float(num_of_batch))
+        if self.entropy_bonus.is_on:
+            weight = num_of_batch / inputs.denominators.rows
+            statistics.means["entropy_coef"] = (weight * self.entropy_bonus.coefficient, weight)
         self.metrics.add(statistics)
 
-        if self.entropy_bonus.adaptive and "entropy" in statistics.means:
-            old, new = self._step_entropy, statistics.means["entropy"]
-            self._step_entropy = (old[0] + new[0], old[1] + new[1])
+        # With a selection by entropy, the bonus is of the selected tokens, and so is its control.
+        seen = statistics.means
+        of_step = seen.get("entropy/selected", seen.get("entropy"))
+        if self.entropy_bonus.adaptive and of_step is not None:
+            total, count = self._step_entropy
+            self._step_entropy = (total + of_step[0], count + of_step[1])
 
     @contextlib.contextmanager
     def _synchronised_only(self, model: nn.Module, *, last: bool) -> Iterator[None]:
@@ -287,13 +309,14 @@ class Learner:
             select,
             inputs.denominators,
             progress=progress,
-            entropy_coef=self.entropy_bonus.coef,
+            entropy_coef=self.entropy_bonus.coef if self.entropy_bonus.is_on else None,
+            router_coef=self.args.router_aux_loss_coef,
         )
         loss = self.logprobs.loss(
             model,
             batch,
             chunk_loss,
-            router_weight=self.args.router_aux_loss_coef * len(batch) / inputs.denominators.rows,
+            router_share=chunk_loss.router_share,
             want_entropy_grad=self.entropy_bonus.coef != 0.0,
         )
         return loss, chunk_loss.statistics
@@ -305,7 +328,7 @@ class Learner:
         """Return the loss of `inputs`, a scalar on the CPU, and its figures; no gradient, chunk by chunk."""
         batch = inputs.batch
         total, statistics = torch.zeros(()), Statistics()
-        select = self.select(model, batch)
+        inputs, select = self.with_selection(model, inputs)
 
         for rows in self.chunks(batch, torch.arange(len(batch))):
             chunk = dataclasses.replace(inputs, batch=batch.rows(rows))
@@ -326,6 +349,16 @@ class Learner:
         if self.in_step:
             chunks = distributed.pad_to_max_count(chunks)
         return [rows[chunk] for chunk in chunks]
+
+    def with_selection(self, model: nn.Module, inputs: MicroBatch) -> tuple[MicroBatch, Tensor]:
+        """Return `inputs` with the count of its selected tokens, and these, [B, T]."""
+        select = self.select(model, inputs.batch)
+        if self.objective.top_entropy_quantile >= 1.0:
+            return inputs, select
+        denominators = dataclasses.replace(
+            inputs.denominators, micro_batch_selected=float(select.sum())
+        )
+        return dataclasses.replace(inputs, denominators=denominators), select
 
     def select(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return [B, T], the tokens that may receive policy gradient.

@@ -168,12 +168,13 @@ class OptimizerBatches:
     def denominators(self, batches: list[Batch]) -> list[Denominators]:
         """Count the rows and tokens of an optimizer batch, over its micro-batches and all ranks.
 
-        Every rank must call.
+        Tokens are those that are trained on: masked completions (`mask_truncated_completions`) have
+        none, and count as rows only.  Every rank must call.
         """
         counts = torch.tensor(
             [
                 sum(len(batch) for batch in batches),
-                sum(int(batch.num_completion_tokens.sum()) for batch in batches),
+                sum(int(batch.mask.sum()) for batch in batches),
                 len(batches),
             ],
             dtype=torch.float64,
@@ -183,7 +184,7 @@ class OptimizerBatches:
             Denominators(
                 rows=rows,
                 tokens=tokens,
-                micro_batch_tokens=float(batch.num_completion_tokens.sum()),
+                micro_batch_tokens=float(batch.mask.sum()),
                 micro_batches=micro_batches,
                 max_completion_length=self.args.max_completion_length,
             )

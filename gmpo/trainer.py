@@ -272,7 +272,7 @@ class GRPOTrainer(Trainer):
                 "gmpo's loss has no model outputs to return: call compute_loss with "
                 "return_outputs=False."
             )
-        select = self.stages.learner.select(model, inputs.batch)
+        inputs, select = self.stages.learner.with_selection(model, inputs)
         loss, statistics = self.stages.learner.loss(
             model, inputs, select, progress=self._progress()
         )

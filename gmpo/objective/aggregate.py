@@ -54,6 +54,21 @@ def mean_over_tokens(values: Tensor, mask: Tensor, denominators: Denominators) -
     return total(values, mask) / max(denominators.tokens, 1)
 
 
+def entropy_mean(
+    entropy: Tensor, mask: Tensor, select: Tensor, denominators: Denominators, *, selective: bool
+) -> Tensor:
+    """Return the mean entropy that the bonus weighs: over all tokens of the optimizer batch.
+
+    With a selection by entropy (`selective`) it is over the selected tokens.  Their number in the
+    optimizer batch is not known before its last micro-batch, so it is the mean over micro-batches of
+    each one's mean.
+    """
+    if not selective:
+        return mean_over_tokens(entropy, mask, denominators)
+    tokens = max(denominators.micro_batch_selected, 1)
+    return total(entropy, select & mask) / (tokens * denominators.micro_batches)
+
+
 def mean_of_row_sums(values: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:
     """Weigh a completion by the number of its tokens: LUSPO (arXiv:2602.05261)."""
     return total(values, mask) / denominators.rows

@@ -29,6 +29,11 @@ class EntropyController:
         self.last_entropy = math.inf  # nats per token; infinite before the first measurement
 
     @property
+    def is_on(self) -> bool:
+        """True if there is a bonus, even in steps in which it does not act."""
+        return self.adaptive or self.coefficient != 0.0
+
+    @property
     def coef(self) -> float:
         """The coefficient for `Objective.loss` in this optimizer step."""
         acts = not self.adaptive or self.last_entropy <= self.target
@@ -38,7 +43,8 @@ class EntropyController:
         """Move the coefficient after an optimizer step.
 
         Args:
-            mean_entropy: Over the counted tokens of all ranks, in nats; NaN changes nothing.
+            mean_entropy: Over the counted tokens of all ranks (with `top_entropy_quantile`, the
+                selected ones), in nats; NaN changes nothing.
         """
         if not self.adaptive or math.isnan(mean_entropy):
             return

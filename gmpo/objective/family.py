@@ -37,7 +37,7 @@ class Member:
         counts = Denominators(
             rows=2, tokens=3, micro_batch_tokens=5, micro_batches=7, max_completion_length=11
         )
-        other = replace(counts, micro_batch_tokens=6, micro_batches=8)
+        other = replace(counts, micro_batch_tokens=6, micro_batches=8, micro_batch_selected=9)
         return bool(self.aggregate(one, mask, counts) != self.aggregate(one, mask, other))
 
     @property

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmpo.objective.aggregate import total
+from gmpo.objective.aggregate import entropy_mean
 from gmpo.objective.check import check_objective
 from gmpo.objective.correction import Correction, correction_from, sampler_difference
 from gmpo.objective.family import FAMILY, Member, member_name
 from gmpo.objective.kl import kl_k3
 from gmpo.objective.selection import rows_on_policy
 from gmpo.objective.settings import ObjectiveSettings
-from gmpo.objective.statistics import statistics
+from gmpo.objective.statistics import mean, statistics
 from gmpo.objective.types import Denominators, ObjectiveInputs, SurrogateInputs
 from gmpo.types import Statistics
 
@@ -52,7 +52,7 @@ class Objective:
         denominators: Denominators,
         *,
         progress: float = 0.0,
-        entropy_coef: float = 0.0,
+        entropy_coef: float | None = None,
     ) -> tuple[Tensor, Statistics]:
         """Return this chunk's share of the optimizer batch's loss, and its figures.
 
@@ -63,7 +63,8 @@ class Objective:
             denominators: Counts of the whole optimizer batch.
             progress: Share of the training that is done, in [0, 1]; moves `mean_power` to
                 `mean_power_final`.
-            entropy_coef: Weight of the entropy bonus in this step, from `EntropyController.coef`.
+            entropy_coef: Weight of the entropy bonus in this step, from `EntropyController.coef`;
+                None without a bonus.
         """
         x = prepared(inputs)
         terms = self.terms(x)
@@ -74,10 +75,20 @@ class Objective:
         if kl is not None:
             loss = loss + self.beta * self.member.aggregate(kl, x.mask, denominators)
 
+        figures = statistics(x, terms, surrogate, kl, self.correction)
+        selective = self.top_entropy_quantile < 1.0
+        if selective and x.entropy is not None:
+            figures.means["entropy/selected"] = mean(x.entropy.detach(), x.select & x.mask)
+
+        # Rows add up to 1 over the optimizer batch, so that this is the loss per optimizer step.
+        if entropy_coef is not None:
+            weight = len(x.mask) / denominators.rows
+            figures.means["policy_loss"] = (loss.detach(), weight)
         if entropy_coef:
             assert x.entropy is not None, "an entropy bonus needs the entropy"
-            loss = loss - entropy_coef * total(x.entropy, x.mask) / max(denominators.tokens, 1)
-        return loss, statistics(x, terms, surrogate, kl, self.correction)
+            bonus = entropy_mean(x.entropy, x.mask, x.select, denominators, selective=selective)
+            loss = loss - entropy_coef * bonus
+        return loss, figures
 
     def terms(self, x: ObjectiveInputs) -> SurrogateInputs:
         """Apply the selection, the off-policy mask and the correction, in this order."""

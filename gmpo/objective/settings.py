@@ -84,8 +84,9 @@ class ObjectiveSettings:
     )
     mask_truncated_completions: bool = option(
         False,
-        "Completions that ran into max_completion_length get no policy gradient; denominators "
-        "stay.",
+        "Completions that ran into max_completion_length are not trained on. Means over tokens "
+        "(dapo, bnpo, cispo, vespo, entropy bonus) leave them out; means over rows (GMPO, grpo, "
+        "...) count them, so that masking a row makes no other row's step larger.",
     )
     off_policy_mask_threshold: float | None = option(
         None,

@@ -34,6 +34,8 @@ class Denominators:
     micro_batch_tokens: float  # counted tokens of this chunk's micro-batch, on this rank
     micro_batches: float  # micro-batches of the optimizer batch, over all ranks
     max_completion_length: int
+    # Tokens of this chunk's micro-batch, on this rank, that a selection by entropy has kept
+    micro_batch_selected: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ class LogProbs:
         batch: Batch,
         loss: RowsLoss,
         *,
-        router_weight: float = 0.0,
+        router_share: Callable[[Tensor], Tensor] | None = None,
         want_entropy_grad: bool = True,
     ) -> Tensor:
         """Return the sum of `loss` over the rows of `batch`, a scalar.
@@ -139,11 +139,12 @@ class LogProbs:
 
         Args:
             loss: Called once for every row, for several rows at a time.
-            router_weight: Of the load-balancing loss of a mixture of experts.
+            router_share: Turns the load-balancing loss of a mixture of experts into its share in
+                the loss; None to leave it out.
             want_entropy_grad: `loss` may use the gradient of the entropy.
         """
         forward = self._prepare(model, batch)
-        wants_router_loss = router_weight != 0.0 and self._wants_router_loss(model)
+        wants_router_loss = router_share is not None and self._wants_router_loss(model)
         value, router_loss = _call(
             model,
             forward,
@@ -152,7 +153,9 @@ class LogProbs:
         )
 
         total = value.squeeze(0)
-        return total if router_loss is None else total + router_weight * router_loss
+        if router_share is None or router_loss is None:
+            return total
+        return total + router_share(router_loss)
 
     def chunks(self, batch: Batch, max_tokens: int | None) -> list[Tensor]:
         """Cut `batch` into sets of rows ([b] int64 each), of at most `max_tokens` tokens after layout.

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,22 @@ def test_the_bonus_is_the_token_mean_of_the_entropy_over_the_optimizer_batch(los
     loss, _ = member.loss(x, COUNTS, entropy_coef=0.3)
     equal(loss.detach(), -0.3 * 2 / 10)  # unselected tokens count as well
     equal(torch.autograd.grad(loss, entropy)[0], [[-0.03, -0.03, 0.0]])
+
+
+@pytest.mark.parametrize("loss_type", ["gmpo", "dapo"])
+def test_beside_a_selection_the_bonus_is_the_mean_of_selected_tokens(loss_type):
+    """Of 2 selected tokens of the micro-batch, one is here; there are 3 micro-batches."""
+    entropy = double([[0.5, 1.5, torch.nan]]).requires_grad_()
+    select = torch.tensor([[False, True, False]])
+    x = inputs([[0.0] * 3], [0.0], mask=[[1, 1, 0]], select=select, entropy=entropy)
+    algorithm = "gmpo" if loss_type == "gmpo" else "grpo"
+    member = objective(algorithm, loss_type=loss_type, top_entropy_quantile=0.5)
+    counts = replace(COUNTS, micro_batch_selected=2)
+    loss, figures = member.loss(x, counts, entropy_coef=0.3)
+    equal(loss.detach(), -0.3 * 1.5 / (2 * 3))
+    equal(torch.autograd.grad(loss, entropy)[0], [[0.0, -0.05, 0.0]])
+    assert [float(value) for value in figures.means["entropy/selected"]] == [1.5, 1.0]
+    assert [float(value) for value in figures.means["entropy"]] == [2.0, 2.0]
 
 
 def test_without_a_coefficient_the_entropy_gets_no_gradient():

@@ -61,7 +61,7 @@ def test_a_threshold_taken_in_micro_batches_depends_on_them(name):
     assert member(name, top_entropy_quantile=0.5).depends_on_micro_batches
 
 
-@pytest.mark.parametrize("count", ["micro_batch_tokens", "micro_batches"])
+@pytest.mark.parametrize("count", ["micro_batch_tokens", "micro_batches", "micro_batch_selected"])
 def test_a_new_denominator_of_the_micro_batch_is_found(count):
     def mean(values, mask, denominators):
         return values.sum() / getattr(denominators, count)
@@ -92,6 +92,6 @@ def test_kl_and_entropy_bonus_make_rows_without_advantage_count(name):
 
 
 def test_denominators_name_every_count_of_a_micro_batch():
-    """`Member.depends_on_micro_batches` varies these two: a third would need to be varied too."""
-    local = [name for name in Denominators.__slots__ if name.startswith("micro_batch")]
-    assert local == ["micro_batch_tokens", "micro_batches"]
+    """`Member.depends_on_micro_batches` varies these: another one would need to be varied too."""
+    local = {name for name in Denominators.__slots__ if name.startswith("micro_batch")}
+    assert local == {"micro_batch_tokens", "micro_batches", "micro_batch_selected"}

@@ -18,23 +18,25 @@ def loss_and_gradients(case: Case) -> dict[str, Tensor]:
     inputs = {
         name: value for name, value in case.rows.items() if name not in ("lengths", "truncated")
     } | leaves
-    written = case.rows["mask"]
+    mask = case.rows["mask"]
     if case.other.get("mask_truncated_completions"):
-        inputs["mask"] = written & ~case.rows["truncated"][:, None]
+        mask = mask & ~case.rows["truncated"][:, None]
+        inputs["mask"] = mask
     algorithm = "gmpo" if case.member == "gmpo" else "grpo"
     objective = objective_from(ObjectiveSettings(**case.options), algorithm=algorithm)
     total = torch.zeros((), dtype=torch.float64)
-    for rows in torch.arange(len(written)).chunk(case.micro_batches):
+    for rows in torch.arange(len(mask)).chunk(case.micro_batches):
         part = {name: value[rows] for name, value in inputs.items()}
-        counts = Denominators(
-            rows=len(written),
-            tokens=float(written.sum()),
-            micro_batch_tokens=float(written[rows].sum()),
-            micro_batches=case.micro_batches,
-            max_completion_length=MAX_COMPLETION_LENGTH,
-        )
         x = objective_inputs(
             part, top_entropy_quantile=case.options.get("top_entropy_quantile", 1.0)
+        )
+        counts = Denominators(
+            rows=len(mask),
+            tokens=float(mask.sum()),
+            micro_batch_tokens=float(mask[rows].sum()),
+            micro_batches=case.micro_batches,
+            max_completion_length=MAX_COMPLETION_LENGTH,
+            micro_batch_selected=float(x.select.sum()),
         )
         loss, _ = objective.loss(x, counts, entropy_coef=case.options.get("entropy_coef", 0.0))
         loss.backward()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity.cases import Case, case
+from tests.parity.cases import MEMBERS, Case, case
 from tests.parity.ours import loss_and_gradients
 from tests.parity.peer import Peer
 
@@ -55,19 +55,24 @@ DIFFERENCES = {
     "entropy_bonus_over_several_micro_batches": case(
         "grpo", seed=9, entropy_coef=0.5, micro_batches=2
     ),
-    # The bonus keeps all tokens, as the KL does; the peer takes those alone that the selection by entropy keeps.
-    "entropy_bonus_beside_a_selection_by_entropy": case(
-        "grpo", seed=10, entropy_coef=0.5, top_entropy_quantile=0.5
-    ),
-    # Truncated completions stay in the denominators, so that masking them makes no other row's step larger.
-    "dapo_with_truncated_completions": truncated(case("dapo", seed=11)),
-    "bnpo_with_truncated_completions": truncated(case("bnpo", seed=12)),
-    "cispo_with_truncated_completions": truncated(case("cispo", seed=13)),
-    "vespo_with_truncated_completions": truncated(case("vespo", seed=14)),
     # A token that the sampler reported nothing of counts with the old policy's log-prob; the peer takes no drift.
     "off_policy_mask_with_unreported_tokens": with_unreported(
         case("grpo", seed=15, off_policy_mask_threshold=0.05)
     ),
+}
+SAME = {  # combinations that the grid leaves out
+    **{
+        f"{member}_with_truncated_completions": truncated(case(member, seed=seed))
+        for seed, member in enumerate(MEMBERS, 40)
+        if member != "gmpo"  # the peer's adds the advantage of a row without tokens to the loss
+    },
+    **{
+        f"{member}_with_a_bonus_beside_a_selection_by_entropy": case(
+            member, seed=seed, entropy_coef=0.5, top_entropy_quantile=0.5, micro_batches=2
+        )
+        for seed, member in enumerate(("grpo", "dapo", "bnpo", "sapo"), 60)
+    },
+    "a_bonus_beside_truncated_completions": truncated(case("dapo", seed=70, entropy_coef=0.5)),
 }
 OVERFLOWS = {  # The peer's loss or gradient is NaN, since it bounds the ratio after taking the exponential.
     "gmpo_without_advantage": with_runaway(case("gmpo", seed=20), advantage=0.0),
@@ -78,7 +83,7 @@ OVERFLOWS = {  # The peer's loss or gradient is NaN, since it bounds the ratio a
 
 @pytest.fixture(scope="module")
 def answers(peer: Peer) -> dict[str, dict[str, Tensor]]:
-    cases = {**DIFFERENCES, **OVERFLOWS}
+    cases = {**DIFFERENCES, **SAME, **OVERFLOWS}
     return dict(zip(cases, peer.losses(list(cases.values())), strict=True))
 
 
@@ -91,6 +96,13 @@ def differ(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_the_peer_means_something_else(name, answers):
     assert differ(loss_and_gradients(DIFFERENCES[name]), answers[name])
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_peer_means_the_same(name, answers):
+    ours = loss_and_gradients(SAME[name])
+    for part, expected in answers[name].items():
+        torch.testing.assert_close(ours[part], expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)

@@ -173,7 +173,7 @@ def test_a_batch_of_no_rows_gives_zero_and_touches_every_parameter():
     none = batch.rows(torch.tensor([], dtype=torch.int64))
     for layout in LAYOUTS:
         loss = make_logprobs(layout).loss(
-            model, none, lambda rows, logps, entropy: 1 / 0, router_weight=1.0
+            model, none, lambda rows, logps, entropy: 1 / 0, router_share=lambda loss: loss
         )
         assert loss == 0.0
         found = gradients(loss, model)

@@ -47,7 +47,7 @@ def test_it_is_that_of_the_model_over_real_tokens(name, layout):
             model,
             batch,
             lambda rows, logps, entropy: 0 * logps.sum(),
-            router_weight=3.0,
+            router_share=lambda loss: 3.0 * loss,
         )
         torch.testing.assert_close(total, 3 * expected, rtol=1e-10, atol=1e-10)
     grads = {name: grad for name, grad in grads.items() if name in wanted}
