@@ -25,6 +25,7 @@ from gmpo.option import (
     parsed_dict,
     rules_of,
 )
+from gmpo.rollout.refusals import needs_token_sets
 
 # option -> (the values that change nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -325,4 +326,11 @@ def check_device(config: Any) -> None:
         raise ValueError(
             "vllm_enable_sleep_mode=True gives away a GPU's memory, and this run has no GPU. "
             "Leave it at False."
+        )
+    colocated = config.vllm_mode == "colocate"
+    if needs_token_sets(config) and colocated and config.device.type == "cpu":
+        raise ValueError(
+            "logps_support='sampled' with top_p, top_k or min_p needs vLLM on a GPU, where it "
+            "reports which tokens it drew from, and this run has no GPU. Set logps_support='full', "
+            "or leave use_vllm out."
         )

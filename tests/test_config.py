@@ -139,6 +139,8 @@ ILLEGAL = [
         "top_p=0.9 can't be scored.*vLLM does not report.*logps_support='full'",
     ),
     ({"use_vllm": True, "generation_kwargs": {"min_tokens": 4}}, "min_tokens=4 can't be scored"),
+    ({"use_vllm": True, "top_k": 20, "use_cpu": True}, "needs vLLM on a GPU"),
+    ({"use_vllm": True, "generation_kwargs": {"num_beams": 2}}, "has \\['num_beams'\\]"),
     (
         {"use_vllm": True, "vllm_structured_outputs_regex": "a+"},
         "vllm_structured_outputs_regex='a\\+' can't be scored",

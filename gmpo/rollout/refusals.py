@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from gmpo.rollout.settings import RolloutSettings
+from gmpo.rollout.vllm.sampling import NAMES, check_extra
 
 # Options of generation_kwargs that change logits of tokens which can still be drawn, in a way the trainer can't redo.
 BENDING = ("sequence_bias", "exponential_decay_length_penalty")
@@ -49,6 +50,19 @@ SHAPING = {
 }
 
 
+# Options of which vLLM reports what they leave, if there is a top_k among them.
+CUTS = ("top_p", "top_k", "min_p")
+REPORTED = (*CUTS, "repetition_penalty")
+
+
+def needs_token_sets(settings: RolloutSettings) -> bool:
+    """Return whether vLLM must report which tokens it drew from."""
+    extra: dict[str, Any] = settings.generation_kwargs or {}  # pyright: ignore
+    if not settings.use_vllm or settings.logps_support == "full":
+        return False
+    return any(extra.get(name, getattr(settings, name)) not in SHAPING[name] for name in CUTS)
+
+
 def check_support(settings: RolloutSettings) -> None:
     """Raise a ValueError for sampling whose very distribution, with logps_support="sampled", can't be scored."""
     extra: dict[str, Any] = settings.generation_kwargs or {}  # pyright: ignore
@@ -66,13 +80,17 @@ def check_support(settings: RolloutSettings) -> None:
     if settings.use_vllm and settings.vllm_structured_outputs_regex is not None:
         given["vllm_structured_outputs_regex"] = settings.vllm_structured_outputs_regex
         shaping.append("vllm_structured_outputs_regex")
-    refused = shaping if settings.use_vllm else [name for name in shaping if name in BENDING]
+    if settings.use_vllm:
+        reason = "vLLM does not report which tokens it drew from"
+        refused = [name for name in shaping if name not in REPORTED]
+        if not refused and needs_token_sets(settings) and "top_k" not in shaping:
+            refused = shaping
+            reason += " without a top_k"
+            remedy = f"Set top_k, to a large number perhaps. Or: {remedy}"
+    else:
+        reason = "it changes the logits of the tokens that can be drawn"
+        refused = [name for name in shaping if name in BENDING]
     if refused:
-        reason = (
-            "vLLM does not report which tokens it drew from"
-            if settings.use_vllm
-            else "it changes the logits of the tokens that can be drawn"
-        )
         listed = ", ".join(f"{name}={given[name]!r}" for name in refused)
         raise ValueError(
             f"{listed} can't be scored with logps_support='sampled': {reason}. {remedy}"
@@ -113,6 +131,13 @@ WITHOUT_VLLM = (
 )
 
 
+def check_names(settings: RolloutSettings) -> None:
+    """Raise a ValueError for an option of generation_kwargs that vLLM does not have."""
+    extra: dict[str, Any] = settings.generation_kwargs or {}  # pyright: ignore
+    named = {NAMES.get(name, name): value for name, value in extra.items() if name != "do_sample"}
+    check_extra(named, settings.vllm_structured_outputs_regex)
+
+
 def check_vllm_options(settings: RolloutSettings) -> None:
     """Raise a ValueError for an option that the chosen engine would not use."""
     if not settings.use_vllm:
@@ -134,6 +159,8 @@ def check_vllm_options(settings: RolloutSettings) -> None:
             raise ValueError(
                 f"{name}={value!r} would do nothing. {remedy}, or leave it at {defaults[name]!r}."
             )
+    if settings.use_vllm:
+        check_names(settings)
     if settings.vllm_server_addresses is not None and settings.vllm_server_base_url is not None:
         raise ValueError(
             f"vllm_server_addresses={settings.vllm_server_addresses!r} and vllm_server_base_url="

@@ -133,3 +133,11 @@ def test_a_server_that_has_ended_leaves_its_port_to_the_next(started):
     run()
     assert len(started) == 2
     assert token_file(PORT).read_text() == started[1][1]["VLLM_API_KEY"]
+
+
+def test_with_token_sets_log_probs_are_of_the_same_distribution(started):
+    run("--return-sampling-mask")
+    options = options_of(started[0][0])
+    assert (
+        options["--logprobs-mode"] == "processed_logprobs" and "--return-sampling-mask" in options
+    )

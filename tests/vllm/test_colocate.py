@@ -232,7 +232,15 @@ def request(ids, count=4, seed=3):
     [
         Sampling(12),
         Sampling(12, temperature=0.6),
-        Sampling(12, temperature=1.7, top_p=0.8, top_k=9, min_p=0.02, repetition_penalty=1.3),
+        Sampling(
+            12,
+            temperature=1.7,
+            top_p=0.8,
+            top_k=9,
+            min_p=0.02,
+            repetition_penalty=1.3,
+            logps_support="full",
+        ),
     ],
 )
 def test_reported_log_probs_are_of_the_temperature_scaled_distribution(engine, sampling):
@@ -241,6 +249,25 @@ def test_reported_log_probs_are_of_the_temperature_scaled_distribution(engine, s
     for completion in completions:
         expected = trainer_logps(policy, [5, 6, 7, *completion.ids], sampling.temperature)[2:]
         torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=0, atol=1e-4)
+
+
+def test_with_a_repetition_penalty_log_probs_are_of_what_is_sampled(start):
+    """Divides positive and multiplies negative logits of tokens that were there before."""
+    policy = small_policy()
+    engine = start(policy, repetition_penalty=1.5, temperature=0.7, vllm_max_model_length=64)
+    engine.publish(0)
+    sampling = Sampling(10, temperature=0.7, repetition_penalty=1.5)
+    (completions,) = engine.generate([request([5, 6, 7], count=6)], sampling)
+    for completion in completions:
+        ids = [5, 6, 7, *completion.ids]
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([ids])).logits[0].float()
+        for place, logp in enumerate(completion.logps, start=3):
+            row = logits[place - 1].clone()
+            seen = torch.tensor(sorted(set(ids[:place])))
+            row[seen] = torch.where(row[seen] > 0, row[seen] / 1.5, row[seen] * 1.5)
+            expected = (row / 0.7).log_softmax(-1)[ids[place]]
+            assert abs(float(expected) - logp) < 1e-4
 
 
 def test_counts_and_order_are_those_of_the_requests(engine):

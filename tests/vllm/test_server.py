@@ -100,7 +100,7 @@ def test_completions_and_their_log_probs(server):
     policy = small_policy(**LONG)
     it = engine(server, policy)
     it.publish(0)
-    sampling = Sampling(12, temperature=0.7, top_p=0.9)
+    sampling = Sampling(12, temperature=0.7, top_p=0.9, logps_support="full")
     groups = it.generate([request([5, 6], 3), request([7], 2, seed=8)], sampling)
     assert [len(group) for group in groups] == [3, 2]
     for completion in groups[0]:

@@ -14,6 +14,7 @@ from gmpo.distributed import raise_on_all_ranks
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.exactness import ExactnessCheck, prompt_logps
 from gmpo.rollout.generation_mode import Autocast
+from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.llm import (
@@ -25,6 +26,7 @@ from gmpo.rollout.vllm.llm import (
     stop_engine,
 )
 from gmpo.rollout.vllm.sampling import (
+    GREEDY,
     VllmSampling,
     check_room,
     completion,
@@ -84,11 +86,15 @@ class ColocatedEngine:
         # If the ranks have a group already, it is the trainer's, and stays when the engine ends.
         self.joined_group = torch.distributed.is_initialized()
         self.dtype = engine_dtype(settings, policy(), autocast)
+        # The engine is started for what the log-probs of training need.
+        sampling = self._sampling(sampling_from(settings))
+        self.reports = sampling.reports
         self.llm: LLM | None = start_engine(
             settings,
             policy(),
             tokenizer,
             run=run_options or RunOptions(),
+            sampling=sampling,
             folder=self.folder,
             dtype=self.dtype,
         )
@@ -187,7 +193,7 @@ class ColocatedEngine:
     def _score(self, ids: list[int]) -> list[float]:
         from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] (an extra)
 
-        wanted = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, **GREEDY)
         (output,) = self._run([ids], [wanted])
         assert output.prompt_logprobs is not None
         return prompt_logps(output.prompt_logprobs, ids, lambda report: report.logprob)
@@ -200,9 +206,7 @@ class ColocatedEngine:
         Every rank must call.
         """
         mine, everything = self._requests_of_group(requests)
-        options = vllm_sampling(
-            sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex
-        )
+        options = self._sampling(sampling)
         check_room(everything, options.options, self.longest, remedy="Raise vllm_max_model_length")
 
         self._wake("weights", "kv_cache")
@@ -210,12 +214,18 @@ class ColocatedEngine:
         outputs: list[RequestOutput] = []
         if everything:
             prompts = [request.prompt.ids for request in everything]
-            outputs = self._run(prompts, sampling_params(everything, options))
+            outputs = self._run(prompts, self._params(everything, options))
         if self.settings.vllm_enable_sleep_mode:
             self._sleep()
 
+        token_sets = self.reports["return_sampling_mask"]
+        report = options.is_reported(self.reports["logprobs_mode"], token_sets=token_sets)
+        token_sets = token_sets and report
         try:
-            return [completions(output, report=not options.restricted) for output in outputs[mine]]
+            return [
+                completions(output, report=report, token_sets=token_sets)
+                for output in outputs[mine]
+            ]
         except ValueError as error:
             raise VllmError(f"vLLM returned a malformed completion: {error}.") from None
 
@@ -225,6 +235,17 @@ class ColocatedEngine:
             stop_engine(self.llm, keep_group=self.joined_group)
             self.llm = None
         self._folder.cleanup()
+
+    def _sampling(self, sampling: Sampling) -> VllmSampling:
+        regex = self.settings.vllm_structured_outputs_regex
+        return vllm_sampling(sampling, eos=self.eos, regex=regex)
+
+    def _params(
+        self, requests: Sequence[Request], sampling: VllmSampling
+    ) -> list["SamplingParams"]:
+        token_sets = self.reports["return_sampling_mask"]
+        options = sampling.for_engine(scaled_logits=True, token_sets=token_sets)
+        return sampling_params(requests, options)
 
     def _run(
         self, prompts: Iterable[list[int]], params: Sequence["SamplingParams"]
@@ -301,12 +322,17 @@ class LocalReceiver:
 # -- requests and answers, in vLLM's words ---------------------------------------------------------
 
 
-def sampling_params(requests: Sequence[Request], sampling: VllmSampling) -> list["SamplingParams"]:
-    """Return vLLM's options for each request."""
+def sampling_params(requests: Sequence[Request], options: dict[str, Any]) -> list["SamplingParams"]:
+    """Return vLLM's options for each request.
+
+    Args:
+        requests: For counts and seeds.
+        options: What they share.
+    """
     from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] (an extra)
     from vllm.sampling_params import StructuredOutputsParams
 
-    options = sampling.on_scaled_logits()
+    options = dict(options)
     grammar = options.get("structured_outputs")
     if isinstance(grammar, dict):
         options["structured_outputs"] = StructuredOutputsParams(**grammar)
@@ -317,12 +343,13 @@ def sampling_params(requests: Sequence[Request], sampling: VllmSampling) -> list
     ]
 
 
-def completions(output: "RequestOutput", *, report: bool) -> list[Completion]:
+def completions(output: "RequestOutput", *, report: bool, token_sets: bool) -> list[Completion]:
     """Return the samples of one request, in their order.
 
     Args:
         output: vLLM's.
         report: With the log-probs that vLLM gives.
+        token_sets: And the tokens that each token was drawn from.
 
     Raises:
         ValueError: One can't be trained on.
@@ -331,5 +358,10 @@ def completions(output: "RequestOutput", *, report: bool) -> list[Completion]:
     for sample in sorted(output.outputs, key=lambda sample: sample.index):
         steps = zip(sample.logprobs or (), sample.token_ids, strict=True)
         logps = [step[token].logprob for step, token in steps]
-        result.append(completion(sample.token_ids, sample.finish_reason, logps, report=report))
+        kept = None
+        if token_sets:
+            kept = [] if sample.sampling_mask is None else sample.sampling_mask.token_ids
+        result.append(
+            completion(sample.token_ids, sample.finish_reason, logps, report=report, kept=kept)
+        )
     return result

@@ -20,6 +20,7 @@ from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.inside.names import BACKEND, CPU_BLOCK
 from gmpo.rollout.vllm.inside.worker import register
+from gmpo.rollout.vllm.sampling import VllmSampling
 from gmpo.rollout.weights.named import check_publishable
 from gmpo.unwrap import without_adapter
 
@@ -33,6 +34,7 @@ OURS = (
     "load_format",
     "weight_transfer_config",
     "logprobs_mode",
+    "return_sampling_mask",
     "distributed_executor_backend",
 )
 OPTIONS = {  # vLLM's name -> ours
@@ -61,13 +63,18 @@ def start_engine(
     tokenizer: PreTrainedTokenizerBase,
     *,
     run: RunOptions,
+    sampling: VllmSampling,
     folder: str,
     dtype: torch.dtype,
 ) -> "LLM":
     """Start vLLM in this process, for the architecture of `policy`, with random weights.
 
     Args:
+        settings: The vllm_* options.
+        policy: For its architecture.
+        tokenizer: For stop strings, and regular expressions.
         run: Options of other stages.
+        sampling: For what the engine must report.
         folder: Gets the model's config and tokenizer, which is all that vLLM reads from disk.
         dtype: The precision of the engine.
     """
@@ -91,7 +98,10 @@ def start_engine(
         extra = engine_kwargs(settings)
         check_known(extra, LLM)
         register()
-        return LLM(**engine_arguments(settings, policy, run=run, folder=folder, dtype=dtype))
+        arguments = engine_arguments(
+            settings, policy, run=run, sampling=sampling, folder=folder, dtype=dtype
+        )
+        return LLM(**arguments)
 
 
 def save_config(policy: PreTrainedModel, folder: str) -> None:
@@ -140,6 +150,7 @@ def engine_arguments(
     policy: PreTrainedModel,
     *,
     run: RunOptions,
+    sampling: VllmSampling,
     folder: str,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -171,7 +182,7 @@ def engine_arguments(
         "load_format": "dummy",
         "dtype": str(dtype).removeprefix("torch."),
         "weight_transfer_config": {"backend": BACKEND},
-        "logprobs_mode": "raw_logprobs",
+        **sampling.reports,
         "distributed_executor_backend": "external_launcher" if several_ranks else "uni",
         "trust_remote_code": run.trust_remote_code,
         "seed": run.seed,

@@ -1,19 +1,22 @@
 """Sampling options under vLLM's names, for an engine in this process and behind a server alike.
 
-Log-probs.  gmpo's are of the temperature-scaled distribution over the whole vocabulary.  vLLM
-reports either "raw" ones, from before the temperature and everything else, or "processed" ones,
-from after top_k, top_p and min_p, which are renormalised over the kept tokens and so biased.  gmpo
-asks for raw ones, has the model's own logit scale do what the temperature would do, and samples at
-temperature 1.  Raw log-probs then are exactly those that the trainer computes, whatever else shapes
-the sampling.
+Log-probs.  vLLM reports either "raw" ones, from before the temperature and everything else, or
+"processed" ones, from after penalties, top_k, top_p and min_p, renormalised over the kept tokens.
+gmpo has the model's own logit scale do what the temperature would do, and samples at temperature 1.
+With logps_support="full", raw log-probs then are exactly those that the trainer computes, whatever
+else shapes the sampling.  With "sampled", processed ones are, if vLLM also reports which tokens it
+kept, for which it needs a top_k, and a GPU.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.token_sets import TokenSets
 
 NAMES = {  # transformers' name -> vLLM's
     "max_new_tokens": "max_tokens",
@@ -30,6 +33,8 @@ KNOWN = {
 }
 # Options that change the distribution, by the values at which they don't.
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+CUTS = ("top_p", "top_k", "min_p")  # those that leave some tokens only
+GREEDY = {"temperature": 1.0, **PLAIN, "top_k": 1}  # the most probable token, as a cut
 # Options that vLLM adds to logits, before the temperature divides them.
 ADDED_TO_LOGITS = ("presence_penalty", "frequency_penalty", "logit_bias")
 CLAMPED = -9999.0  # a server's word for log-probs that are not finite
@@ -42,7 +47,8 @@ class VllmSampling:
 
     options: dict[str, Any]  # keywords of vLLM's SamplingParams
     temperature: float  # 0: greedy
-    restricted: bool  # a grammar masks the logits: no log-prob is of the whole vocabulary
+    restricted: bool  # a grammar masks the logits, and no log-prob is of use
+    support: Literal["sampled", "full"]  # the distribution that the trainer scores
 
     @property
     def truncated(self) -> bool:
@@ -52,6 +58,45 @@ class VllmSampling:
             name in self.options for name in (*ADDED_TO_LOGITS, "allowed_token_ids", "bad_words")
         )
         return shaped or masked
+
+    @property
+    def cut(self) -> bool:
+        """Return whether some tokens can't be drawn, so that their sets must be known."""
+        return any(self.options.get(name, PLAIN[name]) != PLAIN[name] for name in CUTS)
+
+    @property
+    def reports(self) -> dict[str, Any]:
+        """Return the engine options for log-probs of the distribution that the trainer scores."""
+        shaped = self.support == "sampled" and self.truncated and not self.restricted
+        return {
+            "logprobs_mode": "processed_logprobs" if shaped else "raw_logprobs",
+            "return_sampling_mask": shaped and self.cut,
+        }
+
+    def is_reported(self, logprobs_mode: str, *, token_sets: bool) -> bool:
+        """Return whether an engine's log-probs are of the distribution that the trainer scores.
+
+        Args:
+            logprobs_mode: The engine's.
+            token_sets: The engine reports which tokens it drew from.
+
+        Raises:
+            ValueError: They are not, and the trainer can't score the distribution without them.
+        """
+        if self.restricted:
+            return False
+        raw = logprobs_mode == "raw_logprobs"
+        if not self.truncated or self.support == "full" or self.temperature == 0:
+            return raw or not self.truncated
+
+        if raw or (self.cut and not token_sets):
+            option = "--return-sampling-mask" if self.cut else "--logprobs-mode processed_logprobs"
+            raise ValueError(
+                "This vLLM does not report the distribution that it draws from, which "
+                "logps_support='sampled' needs with options that shape it. Start the server with "
+                f"`gmpo serve MODEL {option}`, or set logps_support='full'."
+            )
+        return True
 
     @property
     def logits_scale(self) -> float:
@@ -70,6 +115,18 @@ class VllmSampling:
             if name in options:
                 options[name] = scaled(options[name], self.logits_scale)
         return {**options, "temperature": 1.0 if self.temperature > 0 else 0.0}
+
+    def for_engine(self, *, scaled_logits: bool, token_sets: bool) -> dict[str, Any]:
+        """Return the options for an engine.
+
+        Args:
+            scaled_logits: Its logits are scaled by `logits_scale` already.
+            token_sets: It reports which tokens it drew from, and then refuses temperature 0.
+        """
+        options = self.on_scaled_logits() if scaled_logits else dict(self.options)
+        if token_sets and self.temperature == 0:
+            options |= GREEDY
+        return options
 
 
 def vllm_sampling(
@@ -109,7 +166,12 @@ def vllm_sampling(
 
     temperature = 0.0 if greedy else float(options["temperature"])
     options["temperature"] = temperature
-    return VllmSampling(options, temperature, restricted="structured_outputs" in options)
+    return VllmSampling(
+        options,
+        temperature,
+        restricted="structured_outputs" in options,
+        support=sampling.logps_support,
+    )
 
 
 def check_extra(extra: dict[str, Any], regex: str | None) -> None:
@@ -175,7 +237,12 @@ def check_room(
 
 
 def completion(
-    ids: Sequence[int], finish_reason: str | None, logps: Sequence[float], *, report: bool = True
+    ids: Sequence[int],
+    finish_reason: str | None,
+    logps: Sequence[float],
+    *,
+    report: bool = True,
+    kept: Sequence[Sequence[int]] | None = None,
 ) -> Completion:
     """Return one sample, checked.
 
@@ -183,7 +250,8 @@ def completion(
         ids: Its tokens.
         finish_reason: vLLM's.
         logps: One per token; always asked for, since they tell whether the weights are sound.
-        report: The log-probs are of the distribution that gmpo means, so pass them on.
+        report: The log-probs are of the distribution that the trainer scores: pass them on.
+        kept: The tokens that each was drawn from; None stands for all.
 
     Raises:
         ValueError: vLLM gave up on it, or its log-probs don't fit its tokens, or are none.
@@ -201,5 +269,22 @@ def completion(
                 "Lower the learning rate, or let the engine compute in float32 or bfloat16"
             )
     return Completion(
-        ids=list(ids), finish_reason=finish_reason, logps=list(logps) if report else None
+        ids=list(ids),
+        finish_reason=finish_reason,
+        logps=list(logps) if report else None,
+        support=None if kept is None else as_token_sets(ids, kept),
     )
+
+
+def as_token_sets(ids: Sequence[int], kept: Sequence[Sequence[int]]) -> TokenSets | None:
+    """Return the tokens that each of `ids` was drawn from.
+
+    Raises:
+        ValueError: They don't fit.
+    """
+    if len(kept) != len(ids):
+        raise ValueError(f"{len(kept)} sets of tokens came for {len(ids)} tokens")
+    for place, (token, tokens) in enumerate(zip(ids, kept, strict=True)):
+        if token not in tokens:
+            raise ValueError(f"token {place} (id {token}) is not among those it was drawn from")
+    return TokenSets.of([(torch.tensor(tokens, dtype=torch.int32), False) for tokens in kept])

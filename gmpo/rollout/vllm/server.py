@@ -23,6 +23,7 @@ from gmpo.rollout.vllm.http.client import Client
 from gmpo.rollout.vllm.http.fleet import Fleet
 from gmpo.rollout.vllm.http.samples import finished_samples
 from gmpo.rollout.vllm.sampling import (
+    GREEDY,
     VllmSampling,
     check_room,
     engine_seed,
@@ -259,7 +260,7 @@ class ServerEngine:
         self.adapter_folder = folder  # a server may read it again
 
     def _score(self, client: Client, ids: list[int]) -> list[float]:
-        reports = client.prompt_logprobs(ids, adapter=self.adapter, temperature=0.0)
+        reports = client.prompt_logprobs(ids, adapter=self.adapter, **GREEDY)
         tokens = [str(token) for token in ids]
         return prompt_logps(reports, tokens, lambda report: float(report["logprob"]))
 
@@ -309,6 +310,7 @@ class ServerEngine:
             self.fleet.longest,
             remedy="Serve with a larger --max-model-len",
         )
+        self._params(options)  # raises what is wrong with them before anything is asked for
         missing = missing_samples(done, requests, at_most=self.fleet.max_num_seqs)
         if not missing:
             return
@@ -337,12 +339,18 @@ class ServerEngine:
             pool.shutdown(wait=True)
 
     def _params(self, options: VllmSampling) -> tuple[dict[str, Any], bool]:
-        """Return the sampling options for these servers, and whether to use their log-probs."""
-        raw = self.fleet.facts[0].logprobs_mode == "raw_logprobs"
-        if self.fleet.is_ours and raw:
-            return options.on_scaled_logits(), not options.restricted
-        fits = options.temperature in (0.0, 1.0) if raw else not options.truncated
-        return options.options, fits and not options.restricted
+        """Return the sampling options for these servers, and whether to use their log-probs.
+
+        Raises:
+            ValueError: The trainer needs log-probs that these servers don't report.
+        """
+        facts, ours = self.fleet.facts[0], self.fleet.is_ours
+        params = options.for_engine(scaled_logits=ours, token_sets=facts.token_sets)
+        report = options.is_reported(facts.logprobs_mode, token_sets=facts.token_sets)
+        # Raw log-probs are from before the temperature, unless the logits are scaled for it.
+        if not ours and facts.logprobs_mode == "raw_logprobs":
+            report = report and options.temperature in (0.0, 1.0)
+        return params, report
 
     def _complete(
         self,
@@ -354,6 +362,7 @@ class ServerEngine:
     ) -> None:
         """Put the completions of one request, from one server, into `samples[start:]`."""
         params, report = self._params(options)
+        token_sets = report and options.reports["return_sampling_mask"]
         own = {"n": request.count, "seed": engine_seed(request), "logprobs": 0}
         parts = client.complete(
             {
@@ -364,7 +373,7 @@ class ServerEngine:
         )
         try:
             for number, sample in finished_samples(parts, request.count):
-                completion = sample.finished(report=report)
+                completion = sample.finished(report=report, token_sets=token_sets)
                 if sample.ids:
                     self._check_version(client, sample.versions)
                 samples[start + number] = completion

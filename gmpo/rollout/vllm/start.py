@@ -27,6 +27,8 @@ def server_command(
         port: Port to listen on.
         guarded: Ask for the bearer token on every route.
     """
+    # vLLM reports which tokens it drew from beside log-probs of the same distribution only.
+    mode = "processed_logprobs" if "--return-sampling-mask" in further else "raw_logprobs"
     guard = ["--middleware", GUARD] if guarded else []
     on_cpus = ON_CPUS if is_cpu_build() else []
     return [
@@ -36,7 +38,7 @@ def server_command(
         *("--worker-extension-cls", EXTENSION),
         "--enable-scale-out",  # the route of token ids, which tells which weights wrote them
         *("--stream-interval", str(STREAM_INTERVAL)),
-        *("--logprobs-mode", "raw_logprobs"),
+        *("--logprobs-mode", mode),
         *("--generation-config", "vllm"),  # sampling is the trainer's business
         *on_cpus,
         *guard,

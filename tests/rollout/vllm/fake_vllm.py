@@ -158,9 +158,12 @@ def events_of(answer):
         if not (isinstance(ids, list) and isinstance(steps, list) and len(ids) == len(steps)):
             ends.append(choice)
             continue
-        begin = {"index": choice["index"], "finish_reason": None}
-        begins.append({**begin, "token_ids": ids[:1], "logprobs": {"content": steps[:1]}})
-        ends.append({**choice, "token_ids": ids[1:], "logprobs": {"content": steps[1:]}})
+        sets = choice.get("sampling_mask") or []
+        for part, span in ((begins, slice(0, 1)), (ends, slice(1, None))):
+            content = {"content": steps[span]}
+            cut = {"token_ids": ids[span], "logprobs": content, "sampling_mask": sets[span]}
+            part.append({**choice, **cut})
+        begins[-1] |= {"finish_reason": None, "weight_versions": None}
     return [{"choices": [choice]} for choice in (*begins, *ends)]
 
 

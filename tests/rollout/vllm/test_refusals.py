@@ -5,10 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from gmpo.rollout.refusals import BOTH_MODES, COLOCATED_ONLY, SERVER_ONLY, check_vllm_options
+from gmpo.rollout.refusals import (
+    BOTH_MODES,
+    COLOCATED_ONLY,
+    SERVER_ONLY,
+    check_support,
+    check_vllm_options,
+)
+from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.http.fleet import addresses
 from gmpo.rollout.vllm.llm import RunOptions, check_ranks, engine_arguments, engine_dtype
+from gmpo.rollout.vllm.sampling import vllm_sampling
 from tests.tiny import tiny_model
 
 OTHER = {  # a value of each option that is not its default
@@ -114,10 +122,16 @@ def test_one_server_by_two_names_is_refused():
 # -- what a colocated engine is started with ---------------------------------------------------------------------------
 
 
-def arguments(**options):
+def arguments(model=None, run=None, **options):
     settings = RolloutSettings(use_vllm=True, **options)
-    run = RunOptions(seed=17)
-    return engine_arguments(settings, tiny_model(), run=run, folder="F", dtype=torch.bfloat16)
+    return engine_arguments(
+        settings,
+        model or tiny_model(),
+        run=run or RunOptions(seed=17),
+        sampling=vllm_sampling(sampling_from(settings), eos=(1,)),
+        folder="F",
+        dtype=torch.bfloat16,
+    )
 
 
 def test_options_reach_vllm():
@@ -145,15 +159,13 @@ def test_on_cpus_prompts_are_read_in_one_piece_unless_the_user_says_otherwise():
         arguments(vllm_engine_kwargs={"enable_chunked_prefill": True})["enable_chunked_prefill"]
         is True
     )
-    settings = RolloutSettings(use_vllm=True)
-    elsewhere = engine_arguments(
-        settings, tiny_model().to("meta"), run=RunOptions(), folder="F", dtype=torch.bfloat16
-    )
+    elsewhere = arguments(model=tiny_model().to("meta"))
     assert "enable_chunked_prefill" not in elsewhere and "block_size" not in elsewhere
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "load_format", "weight_transfer_config", "logprobs_mode"]
+    "name",
+    ["model", "load_format", "weight_transfer_config", "logprobs_mode", "return_sampling_mask"],
 )
 def test_engine_kwargs_leave_what_is_ours_alone(name):
     with pytest.raises(ValueError, match=rf"'{name}', which gmpo sets itself"):
@@ -166,11 +178,9 @@ def test_engine_kwargs_point_to_the_option():
 
 
 def test_a_float32_head_is_one_in_vllm_too():
-    settings = RolloutSettings(
-        use_vllm=True, vllm_engine_kwargs={"hf_overrides": {"rope_theta": 1.0}}
+    made = arguments(
+        run=RunOptions(float32_head=True), vllm_engine_kwargs={"hf_overrides": {"rope_theta": 1.0}}
     )
-    run = RunOptions(float32_head=True)
-    made = engine_arguments(settings, tiny_model(), run=run, folder="F", dtype=torch.bfloat16)
     assert made["hf_overrides"] == {"rope_theta": 1.0, "head_dtype": "float32"}
 
 
@@ -188,3 +198,59 @@ def test_ranks_that_share_an_engine_divide_all_ranks():
     check_ranks(1)
     with pytest.raises(ValueError, match="vllm_tensor_parallel_size=2 does not divide the 1 ranks"):
         check_ranks(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "token_sets"),
+    [
+        ({}, "raw_logprobs", False),
+        ({"temperature": 0.7}, "raw_logprobs", False),
+        ({"top_k": 20, "top_p": 0.9}, "processed_logprobs", True),
+        ({"repetition_penalty": 1.1}, "processed_logprobs", False),
+        ({"top_k": 20, "logps_support": "full"}, "raw_logprobs", False),
+    ],
+)
+def test_an_engine_reports_what_the_trainer_scores(options, mode, token_sets):
+    made = arguments(**options)
+    assert (made["logprobs_mode"], made["return_sampling_mask"]) == (mode, token_sets)
+
+
+# -- generation_kwargs and the distribution, before weights are loaded ---------------------------------------------------
+
+
+def refused(match, **options):
+    settings = RolloutSettings(use_vllm=True, vllm_mode="server", **options)
+    with pytest.raises(ValueError, match=match):
+        check_vllm_options(settings)
+        check_support(settings)
+
+
+def accepted(**options):
+    settings = RolloutSettings(use_vllm=True, vllm_mode="server", **options)
+    check_vllm_options(settings)
+    check_support(settings)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "tempreature", "seed", "n"])
+def test_options_that_vllm_does_not_have_are_told_by_the_config(name):
+    refused(rf"generation_kwargs has \['{name}'\]", generation_kwargs={name: 2})
+
+
+def test_options_that_vllm_has_are_accepted_under_both_names():
+    accepted(generation_kwargs={"max_new_tokens": 4, "stop": ["x"]})
+    accepted(generation_kwargs={"do_sample": True, "ignore_eos": True})
+
+
+def test_cuts_are_scored_if_top_k_is_among_them():
+    accepted(top_k=50)
+    accepted(top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    accepted(generation_kwargs={"top_k": 50, "top_p": 0.9})
+    accepted(repetition_penalty=1.1)
+    refused("top_p=0.9 can't be scored .* without a top_k. Set top_k", top_p=0.9)
+    refused("min_p=0.1 can't be scored .* without a top_k", min_p=0.1)
+
+
+def test_what_the_trainer_cannot_do_again_is_refused_also_with_top_k():
+    for name in ("presence_penalty", "logit_bias", "min_tokens"):
+        refused(f"{name}=.* can't be scored", top_k=50, generation_kwargs={name: 1})
+    refused("regex=.* can't be scored", top_k=50, vllm_structured_outputs_regex="a")

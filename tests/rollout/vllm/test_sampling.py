@@ -138,3 +138,46 @@ def test_log_probs_that_are_not_finite_are_refused_also_if_not_reported(logp):
     for report in (True, False):
         with pytest.raises(ValueError, match=r"token 1 \(id 5\) .* logits are not finite"):
             completion([4, 5], "stop", [-1.0, logp], report=report)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode", "token_sets", "reported"),
+    [
+        ({}, "raw_logprobs", False, True),
+        ({}, "processed_logprobs", False, True),
+        ({"top_k": 3, "logps_support": "full"}, "raw_logprobs", False, True),
+        ({"top_k": 3, "logps_support": "full"}, "processed_logprobs", True, False),
+        ({"top_k": 3}, "processed_logprobs", True, True),
+        ({"repetition_penalty": 1.2}, "processed_logprobs", False, True),
+        ({"top_k": 3}, "processed_logprobs", False, "return-sampling-mask"),
+        ({"top_k": 3}, "raw_logprobs", False, "return-sampling-mask"),
+        ({"repetition_penalty": 1.2}, "raw_logprobs", False, "logprobs-mode processed_logprobs"),
+    ],
+)
+def test_log_probs_are_used_if_they_are_of_what_is_scored(changes, mode, token_sets, reported):
+    """With "sampled" a distribution that can't be known is an error, not another distribution."""
+    it = options(**changes)
+    if isinstance(reported, bool):
+        assert it.is_reported(mode, token_sets=token_sets) == reported
+    else:
+        with pytest.raises(
+            ValueError, match=f"Start the server with `gmpo serve MODEL --{reported}"
+        ):
+            it.is_reported(mode, token_sets=token_sets)
+
+
+def test_an_engine_with_token_sets_takes_the_most_probable_token_by_a_cut():
+    """vLLM refuses temperature 0 and top_k 0 there."""
+    made = options(temperature=0.0, top_p=0.5).for_engine(scaled_logits=True, token_sets=True)
+    assert (made["temperature"], made["top_k"], made["top_p"]) == (1.0, 1, 1.0)
+    made = options(temperature=0.0).for_engine(scaled_logits=True, token_sets=False)
+    assert made["temperature"] == 0.0
+
+
+def test_token_sets_are_those_that_came():
+    sets = completion([4, 5], "stop", [-1.0, -2.0], kept=[[4, 9], [2, 5, 7]]).support
+    assert sets.members(10).nonzero().tolist() == [[0, 4], [0, 9], [1, 2], [1, 5], [1, 7]]
+    with pytest.raises(ValueError, match="1 sets of tokens came for 2 tokens"):
+        completion([4, 5], "stop", [-1.0, -2.0], kept=[[4]])
+    with pytest.raises(ValueError, match=r"token 1 \(id 5\) is not among those"):
+        completion([4, 5], "stop", [-1.0, -2.0], kept=[[4], [7]])

@@ -167,8 +167,8 @@ def test_temperature_is_the_servers_logit_scale_so_that_raw_log_probs_are_of_the
     with FakeVllm() as server:
         it = engine(server)
         it.publish(0)
-        it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9))
-        it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9))
+        it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9, logps_support="full"))
+        it.generate([request(3)], Sampling(8, temperature=0.5, top_p=0.9, logps_support="full"))
         infos = [
             body["init_info"]
             for path, body in server.requests
@@ -183,10 +183,10 @@ def test_temperature_is_the_servers_logit_scale_so_that_raw_log_probs_are_of_the
     ("mode", "sampling", "reported"),
     [
         ("raw_logprobs", Sampling(8), True),
-        ("raw_logprobs", Sampling(8, top_p=0.5), True),
+        ("raw_logprobs", Sampling(8, top_p=0.5, logps_support="full"), True),
         ("raw_logprobs", Sampling(8, temperature=0.5), False),
         ("processed_logprobs", Sampling(8, temperature=0.5), True),
-        ("processed_logprobs", Sampling(8, top_k=3), False),
+        ("processed_logprobs", Sampling(8, top_k=3, logps_support="full"), False),
     ],
 )
 def test_a_server_without_gmpo_reports_log_probs_only_of_the_right_distribution(
@@ -200,6 +200,39 @@ def test_a_server_without_gmpo_reports_log_probs_only_of_the_right_distribution(
         (completions,) = it.generate([request(3)], sampling)
         assert (completions[0].logps is not None) == reported
         assert server.requests[-1][1]["sampling_params"]["temperature"] == sampling.temperature
+
+
+def test_token_sets_that_a_server_reports_reach_the_completions():
+    """The fake's samples are [3, number, 1]; each is drawn from itself and token 9."""
+    facts = {**FACTS, "logprobs_mode": "processed_logprobs", "token_sets": True}
+
+    def cut(server, body):
+        choices = server.all_choices(body)
+        for choice in choices:
+            choice["sampling_mask"] = [[token, 9] for token in choice["token_ids"]]
+        return choices
+
+    with FakeVllm(answers={"/collective_rpc": {"results": [facts]}}, choices=cut) as server:
+        it = engine(server)
+        it.publish(0)
+        sampling = Sampling(8, temperature=0.5, top_k=2, top_p=0.9)
+        (completions,) = it.generate([request(3)], sampling)
+        (_, body) = server.requests[-1]
+    params = body["sampling_params"]
+    assert (params["temperature"], params["top_k"], params["top_p"]) == (1.0, 2, 0.9)
+    assert completions[0].logps == [-0.5] * 3
+    members = [one.support.members(10).nonzero()[:, 1].tolist() for one in completions]
+    assert members == [[3, 9, 0, 9, 1, 9], [3, 9, 1, 9, 1, 9]]
+
+
+def test_a_server_without_token_sets_is_refused_before_it_is_asked():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        before = server.count(GENERATE)
+        with pytest.raises(ValueError, match="gmpo serve MODEL --return-sampling-mask"):
+            it.generate([request(3)], Sampling(8, top_k=2))
+        assert server.count(GENERATE) == before
 
 
 def wrong(**changes):

@@ -28,10 +28,12 @@ class EngineFacts:
     workers: int
     takes_adapters: bool
     max_num_seqs: int  # completions at a time, and per request
+    token_sets: bool = False  # it reports which tokens it drew from
 
     def fits(self, other: "EngineFacts") -> bool:
         """Return whether one trainer can use both engines at the same time."""
-        return (self.backend, self.dtype, self.device) == (other.backend, other.dtype, other.device)
+        names = ("backend", "dtype", "device", "logprobs_mode", "token_sets")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 class Client:
@@ -103,6 +105,7 @@ class Client:
                 workers=self.channel.get("/get_world_size")["world_size"],
                 takes_adapters=config["lora_config"] is not None,
                 max_num_seqs=scheduler.get("max_num_seqs", MAX_NUM_SEQS),
+                token_sets=bool(model.get("return_sampling_mask")),
             )
         except VllmError as error:
             if error.lost:

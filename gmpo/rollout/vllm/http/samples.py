@@ -15,6 +15,7 @@ class StreamedSample:
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    kept: list[list[int]] = field(default_factory=list)  # the tokens that each was drawn from
     versions: set[str] = field(default_factory=set)  # of the weights that wrote it
 
     def add(self, part: dict[str, Any]) -> None:
@@ -34,19 +35,22 @@ class StreamedSample:
 
         self.ids += ids
         self.logps += [float(step["logprob"]) for step in steps]
+        self.kept += part.get("sampling_mask") or []
         self.versions |= {span["version"] for span in part.get("weight_versions") or []}
         self.finish_reason = part.get("finish_reason")
 
-    def finished(self, *, report: bool) -> Completion:
+    def finished(self, *, report: bool, token_sets: bool) -> Completion:
         """Return the completion.
 
         Args:
             report: With its log-probs.
+            token_sets: And the tokens that each of its tokens was drawn from.
 
         Raises:
             ValueError: vLLM gave up on it, or it can't be trained on.
         """
-        return completion(self.ids, self.finish_reason, self.logps, report=report)
+        kept = self.kept if token_sets else None
+        return completion(self.ids, self.finish_reason, self.logps, report=report, kept=kept)
 
 
 def finished_samples(

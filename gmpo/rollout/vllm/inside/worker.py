@@ -52,6 +52,7 @@ class WorkerExtension:
             "workers": config.parallel_config.world_size_across_dp,
             "takes_adapters": config.lora_config is not None,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "token_sets": config.model_config.return_sampling_mask,
         }
 
 
