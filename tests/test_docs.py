@@ -262,6 +262,10 @@ def test_every_name_on_the_page_of_metrics_is_logged(logged):
     only_elsewhere = {
         "total_flos",  # in trainer_state.json
         "signal/rows",  # not with a reference
+        "entropy/selected",  # with top_entropy_quantile
+        "policy_loss",  # with an entropy bonus
+        "entropy_coef",
+        "aux_loss",  # of mixtures of experts
         "sampling/importance_sampling_ratio/truncated",  # of the truncating modes
         "rewards/{name}/truncated",  # of reward models
     }

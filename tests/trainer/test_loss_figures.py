@@ -95,7 +95,7 @@ def test_the_balance_of_experts_is_logged(make_trainer, monkeypatch, chunk):
     (logged,) = figures_of(trainer, "aux_loss")
     assert min(losses) <= logged <= max(losses)  # a mean over chunks, by rows
     if chunk is None:
-        assert logged == pytest.approx(float(losses[0]))
+        assert logged == pytest.approx(float(losses[0].detach()))
     else:
         assert len(losses) > 1
 
@@ -133,3 +133,14 @@ def test_masked_completions_leave_the_means_over_tokens(make_trainer, loss_type)
     (counts,) = trainer.stages.optimizer_batches.denominators([batch])
     assert counts.rows == len(batch)
     assert counts.tokens == counts.micro_batch_tokens == float(written[1:].sum())
+
+
+def test_what_is_not_gspo_is_told_when_the_trainer_is_made(make_trainer):
+    options = {"cls": GRPOTrainer, "config_class": GRPOConfig, "epsilon": 0.2}
+    with pytest.warns(UserWarning, match=r"loss_type='dapo'.*For GSPO.*loss_type='grpo'"):
+        make_trainer(importance_sampling_level="sequence", **options)
+
+
+def test_dropout_in_the_policy_is_told_when_the_trainer_is_made(make_trainer):
+    with pytest.warns(UserWarning, match="disable_dropout=True"):
+        make_trainer(model=tiny_model(attention_dropout=0.1))
