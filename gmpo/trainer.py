@@ -134,7 +134,11 @@ class GRPOTrainer(Trainer):
         check_reward_columns(self.reward_sources, train_dataset, args)
 
         policy = load_policy(
-            model, args, quantization_config=quantization_config, peft_config=peft_config
+            model,
+            args,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            device=args.device,
         )
         self.reference = make_reference(policy, args.beta, sync=args.sync_ref_model)
         super().__init__(

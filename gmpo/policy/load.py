@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def load_policy(
     *,
     quantization_config: Any = None,
     peft_config: Any = None,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Return the policy, ready to be trained: a `PreTrainedModel`, or a `PeftModel` around one.
 
@@ -39,6 +41,7 @@ def load_policy(
             `cast_lm_head_to_fp32`.
         quantization_config: Loads a model given by name with these quantized weights.
         peft_config: Puts a new adapter on the model.
+        device: Where it will be trained; None for a CPU.
 
     Raises:
         TypeError: If `model` or `peft_config` is of another kind.
@@ -54,9 +57,17 @@ def load_policy(
 
     if settings.disable_dropout:
         disable_dropout(policy)
+    elif (rate := dropout_of(policy)) > 0:
+        warnings.warn(
+            f"The policy drops activations (rates up to {rate:g}). Completions and old log-probs are "
+            "computed without dropout and the loss with it, so ratios, KL and clipping measure its "
+            "noise. Set disable_dropout=True, or set the rates to 0 (lora_dropout=0.0).",
+            stacklevel=3,
+        )
     if settings.cast_lm_head_to_fp32:
         cast_head_to_float32(policy)
-    use_onednn(policy)
+    if device is None or device.type == "cpu":
+        use_onednn(policy)
     _check_trainable(policy)
     return policy
 
@@ -116,9 +127,24 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop"):
-            if isinstance(vars(module).get(name), float):
-                setattr(module, name, 0.0)
+        for name in _rates_of(module):
+            setattr(module, name, 0.0)
+
+
+def dropout_of(model: nn.Module) -> float:
+    """Return the largest rate at which something in `model` is dropped in training; 0 for none."""
+    rates = [0.0]
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates.append(module.p)
+        rates += [getattr(module, name) for name in _rates_of(module)]
+    return max(rates)
+
+
+def _rates_of(module: nn.Module) -> list[str]:
+    """Return the names under which a layer keeps rates of dropout as numbers."""
+    names = ("attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop")
+    return [name for name in names if isinstance(vars(module).get(name), float)]
 
 
 def _checked_dtype(dtype: Any) -> torch.dtype | str:

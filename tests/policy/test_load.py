@@ -1,6 +1,7 @@
 """Names, paths and models become a policy, or an error that says what to do."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from gmpo.policy import load as loading
+from gmpo.policy.head import onednn
 from gmpo.policy.head.lm_head import Float32Head, find_head
+from gmpo.policy.head.onednn import OneDnnLinear
 from gmpo.policy.load import load_policy, load_tokenizer
 from gmpo.policy.settings import PolicySettings
 from tests.policy.cases import make_model
@@ -95,6 +98,36 @@ def test_other_things_are_a_type_error(model):
         TypeError, match=rf"model is a {type(model).__name__}\. Give a name, a path"
     ):
         load_policy(model, PolicySettings())
+
+
+@pytest.mark.parametrize(
+    "rates", [{"resid_pdrop": 0.3}, {"embd_pdrop": 0.3}, {"attn_pdrop": 0.3}], ids=str
+)
+def test_dropout_that_would_make_false_ratios_is_told(rates):
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    with pytest.warns(UserWarning, match=r"rates up to 0.3.*Set disable_dropout=True"):
+        load_policy(make_model("gpt2", **{**none, **rates}), PolicySettings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_policy(make_model("gpt2", **none), PolicySettings())
+        load_policy(make_model("gpt2", **rates), PolicySettings(disable_dropout=True))
+
+
+def test_dropout_of_an_adapter_is_told():
+    with pytest.warns(UserWarning, match=r"rates up to 0.2.*lora_dropout=0.0"):
+        load_policy(
+            make_model("llama"), PolicySettings(), peft_config=LoraConfig(lora_dropout=0.2, **LORA)
+        )
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", OneDnnLinear), ("cuda", nn.Linear), (None, OneDnnLinear)]
+)
+def test_layers_compute_through_onednn_only_in_training_on_a_cpu(device, expected, monkeypatch):
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    where = None if device is None else torch.device(device)
+    policy = load_policy(make_model("llama"), PolicySettings(), device=where)
+    assert type(policy.model.layers[0].self_attn.q_proj) is expected
 
 
 def test_dropout_is_disabled_everywhere():
