@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gmpo.config import GRPOConfig
 from gmpo.data.loaders import kept_columns
 from gmpo.data.sampler import CollectionSize
+from gmpo.objective.check import questionable_options
 from gmpo.option import advice
 from gmpo.policy.load import load_tokenizer
 from gmpo.reward.functions import FunctionReward
@@ -110,6 +111,8 @@ def checked_args(
             "window to act, set steps_per_generation to several times gradient_accumulation_steps.",
             stacklevel=4,  # past the check of the arguments
         )
+    for question in questionable_options(args, algorithm=args.algorithm):
+        warnings.warn(question, stacklevel=4)
     return args
 
 

@@ -43,6 +43,34 @@ def check_objective(settings: ObjectiveSettings, *, algorithm: str) -> None:
             raise ValueError(problem)
 
 
+def questionable_options(settings: ObjectiveSettings, *, algorithm: str) -> list[str]:
+    """Return what is allowed but rarely meant, for warnings.
+
+    Args:
+        settings: Of the objective, or of a whole run.
+        algorithm: "gmpo" or "grpo", as for `objective_from`.
+    """
+    name = member_name(settings, algorithm=algorithm)
+    level = settings.importance_sampling_level
+    if level == "sequence" and name in LENGTH_WEIGHS:
+        return [
+            f"importance_sampling_level='sequence' with loss_type={name!r}: one ratio stands for a "
+            "whole completion, and the loss weighs it by the number of its tokens. For GSPO, which "
+            "weighs completions alike, set loss_type='grpo' (or 'luspo' to weigh them by length on "
+            "purpose)."
+        ]
+    if level == "token" and name == "luspo":
+        return [
+            "loss_type='luspo' with importance_sampling_level='token': LUSPO is defined for ratios "
+            "of whole completions. Set importance_sampling_level='sequence'."
+        ]
+    return []
+
+
+# Members whose averages give long completions more weight than short ones.
+LENGTH_WEIGHS = ("bnpo", "dr_grpo", "dapo", "cispo")
+
+
 def changed_options(settings: ObjectiveSettings) -> dict[str, tuple[Any, Any]]:
     """Return name -> (value, default) of the objective's options that were changed.
 

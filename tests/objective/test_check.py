@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from gmpo.objective.check import check_objective
+from gmpo.objective.check import check_objective, questionable_options
 from gmpo.objective.family import FAMILY
 from gmpo.objective.objective import objective_from
-from gmpo.objective.settings import ObjectiveSettings
+from gmpo.objective.settings import LOSS_TYPES, ObjectiveSettings
 from gmpo.option import option
 
 SEQUENCE = {"importance_sampling_level": "sequence"}
@@ -161,3 +161,26 @@ def test_the_defaults_are_those_of_the_settings_own_class():
     check_objective(LogSpace(loss_type="sapo"), algorithm="grpo")
     with pytest.raises(ValueError, match=r"epsilon=0\.2"):
         check_objective(LogSpace(loss_type="sapo", epsilon=0.2), algorithm="grpo")
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_ratio_per_completion_weighed_by_tokens_is_questioned(loss_type):
+    """GSPO weighs completions alike: of rows of 1 and 8 tokens, half the gradient is each one's."""
+    level = {} if loss_type == "vespo" else {"importance_sampling_level": "sequence"}
+    settings = ObjectiveSettings(loss_type=loss_type, **level)
+    found = questionable_options(settings, algorithm="grpo")
+    questioned = loss_type in ("bnpo", "dr_grpo", "dapo", "cispo")
+    assert bool(found) == questioned
+    if questioned:
+        assert "GSPO" in found[0] and "loss_type='grpo'" in found[0]
+
+
+def test_luspo_with_ratios_of_tokens_is_questioned():
+    (found,) = questionable_options(ObjectiveSettings(loss_type="luspo"), algorithm="grpo")
+    assert "importance_sampling_level='sequence'" in found
+
+
+def test_gmpo_at_the_sequence_level_is_not_questioned():
+    settings = ObjectiveSettings(importance_sampling_level="sequence")
+    assert questionable_options(settings, algorithm="gmpo") == []
+    assert questionable_options(ObjectiveSettings(), algorithm="grpo") == []
