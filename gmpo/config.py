@@ -185,7 +185,9 @@ class GRPOConfig(
             )
 
     def _check_output_dir(self) -> None:
-        folder = os.path.abspath(self.output_dir)
+        # Absolute at once: a reward may change the working directory.
+        self.output_dir = os.path.abspath(os.path.expanduser(str(self.output_dir)))
+        folder = self.output_dir
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
 

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -154,6 +155,15 @@ class Learner:
         total, count = distributed.all_reduce(sums).tolist()
         self.entropy_bonus.update(total / count if count else math.nan)
         self._step_entropy = (torch.zeros(()), torch.zeros(()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the size of the chunks, which `make_room` may have lowered."""
+        return {"max_tokens_per_chunk": self.max_tokens_per_chunk}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the chunks of `state`, unless the options ask for smaller ones."""
+        known = [self.args.max_tokens_per_chunk, state["max_tokens_per_chunk"]]
+        self.max_tokens_per_chunk = min((size for size in known if size is not None), default=None)
 
     def skips_silent_rows(self, model: nn.Module) -> bool:
         """Return whether rows with an advantage of 0 move nothing, and may stay out of the passes."""

@@ -8,8 +8,10 @@ old log-probs      |  the policy's   |  kept from     |
                    |  own, as it is  |  before step 1  |
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from gmpo.objective.types import Denominators
 from gmpo.policy.logprobs import LogProbs
 from gmpo.policy.reference import Reference
 from gmpo.rollout.weights.version import PolicyVersion
+from gmpo.token_sets import TokenSets
 from gmpo.types import Batch
 
 
@@ -65,6 +68,30 @@ class OptimizerBatches:
     def reset(self) -> None:
         """Forget what is left of the current collection."""
         self._waiting = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the micro-batches of the current collection that are still to be trained on.
+
+        Tensors that they share are listed once: prompts, and the members of token sets.
+        """
+        prompts = distinct(ids for batch in self._waiting for ids in batch.prompt_ids)
+        supports = [batch.support for batch in self._waiting if batch.support is not None]
+        members = distinct(support.ids for support in supports)
+        return {
+            "prompts": list(prompts.values()),
+            "members": list(members.values()),
+            "micro_batches": [
+                batch_state(batch, list(prompts), list(members)) for batch in self._waiting
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on within the collection that `state_dict` returned."""
+        prompts = [ids.to(self.args.device) for ids in state["prompts"]]
+        members = [ids.to(self.args.device) for ids in state["members"]]
+        self._waiting = [
+            batch_of(kept, prompts, members).to(self.args.device) for kept in state["micro_batches"]
+        ]
 
     def next(
         self, model: nn.Module, rows: Iterator[Rows], num_micro_batches: int, *, step: int
@@ -190,3 +217,39 @@ class OptimizerBatches:
             )
             for batch in batches
         ]
+
+
+def distinct(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Return each tensor object once, by its id."""
+    return {id(tensor): tensor for tensor in tensors}
+
+
+def batch_state(batch: Batch, prompts: list[int], members: list[int]) -> dict[str, Any]:
+    """Return a batch as plain values and tensors.
+
+    Args:
+        prompts: Ids of the prompt tensors of all batches; the row gets its place among them.
+        members: Ids of the tensors that the token sets of all batches lie in.
+    """
+    state = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    place = {key: i for i, key in enumerate(prompts)}
+    state["prompt_ids"] = [place[id(ids)] for ids in batch.prompt_ids]
+    if batch.support is not None:
+        state["support"] = {
+            "members": members.index(id(batch.support.ids)),
+            "start": batch.support.start,
+            "size": batch.support.size,
+            "inverse": batch.support.inverse,
+        }
+    return state
+
+
+def batch_of(state: dict[str, Any], prompts: list[Tensor], members: list[Tensor]) -> Batch:
+    """Return the batch of a `batch_state`; rows of a group share one prompt tensor again."""
+    values = dict(state)
+    values["prompt_ids"] = [prompts[place] for place in state["prompt_ids"]]
+    if (support := state["support"]) is not None:
+        values["support"] = TokenSets(
+            members[support["members"]], support["start"], support["size"], support["inverse"]
+        )
+    return Batch(**values)

@@ -1,4 +1,4 @@
-"""What a run is made of: the stages, built from the settings in the order of a step, and what moves between steps."""
+"""The stages of a run, built from the settings in the order of a step, and what moves between steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -144,21 +144,38 @@ class Stages:
         self.completion_log = CompletionLog(
             args,
             args.output_dir,
-            trackers=args.report_to,
+            trackers=args.report_to or (),
             callbacks=callbacks,
             seed=args.seed,
         )
 
     @property
     def stateful_parts(self) -> dict[str, Stateful]:
-        """Parts that hold state of their own between steps, the same on all ranks."""
+        """Parts that hold state between steps, the same on all ranks."""
         parts: dict[str, Stateful] = {
             "entropy_bonus": self.entropy_bonus,
             "layouts": self.logprobs,
+            "learner": self.learner,
+            "policy_version": self.policy_version,
         }
         if self.reference_state is not None:
             parts["reference"] = self.reference_state
         return parts
+
+    @property
+    def stateful_parts_of_rank(self) -> dict[str, Stateful]:
+        """Parts that hold state between steps, on each rank another one."""
+        return {
+            "optimizer_batches": self.optimizer_batches,
+            "metrics": self.metrics,
+            "completions": self.completion_log,
+        }
+
+    def reset(self) -> None:
+        """Forget what a former training left behind that did not end."""
+        self.optimizer_batches.reset()
+        self.metrics.load_state_dict({})
+        self.completion_log.reset()
 
     def report(self, collection: Collection, mode: Mode = "train") -> None:
         """Take the figures and completions of a collection into the logs.  Every rank must call."""
@@ -212,16 +229,17 @@ class BetweenSteps(TrainerCallback):
         # after a resume.
         assert self.stages.epoch_listener is not None
         self.stages.epoch_listener.set_epoch(int(state.epoch or 0))
-        self.stages.optimizer_batches.reset()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell everybody that the policy has moved."""
+        """Tell everybody that the policy has moved, and have the last step logged."""
         self.stages.policy_version.moved()
         self.stages.learner.end_step()
         if self.stages.reference_sync is not None:
             self.stages.reference_sync.after_step(self.stages.policy(), state.global_step)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

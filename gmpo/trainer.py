@@ -1,6 +1,7 @@
-"""GRPOTrainer and GMPOTrainer: what `transformers.Trainer` asks, answered in the order in which it asks.
+"""GRPOTrainer and GMPOTrainer: what `transformers.Trainer` asks, answered in the order it asks.
 
-The Trainer carries the loop, optimizer, schedule, checkpoints, DeepSpeed, FSDP, hub and callbacks.
+The Trainer carries the loop, optimizer, schedule, DeepSpeed, FSDP, hub and callbacks;
+`gmpo/resumable.py` carries checkpoints and signals.
 gmpo differs from supervised training in two places: an optimizer step first sees that there are
 completions to train on (`get_batch_samples`), and the gradient of a micro-batch is taken chunk by
 chunk (`training_step`).
@@ -17,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -34,7 +34,6 @@ from gmpo.arguments import (
     usable_prompts,
     warn_if_nothing_is_sharded,
 )
-from gmpo.checkpoint import last_whole_checkpoint, load_state, save_state
 from gmpo.config import GMPOConfig, GRPOConfig
 from gmpo.data.loaders import evaluation_loader, kept_columns, training_loader
 from gmpo.data.micro_batches import mixed_seed
@@ -46,14 +45,16 @@ from gmpo.policy.reference import make_reference
 from gmpo.report.jsonl import JsonlCallback
 from gmpo.report.model_card import write_model_card
 from gmpo.report.tables import set_tensorboard_folder
+from gmpo.resumable import ResumableTrainer, WholeSteps
 from gmpo.reward.reward_model import RewardModelSettings
 from gmpo.reward.sources import build_sources
 from gmpo.rollout.prompts.encoder import PromptEncoder
+from gmpo.run_folder import refuse_folder_of_model
 from gmpo.stages import BetweenSteps, Stages
 from gmpo.unwrap import is_adapted
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(ResumableTrainer):
     """Trains a language model by group-relative policy optimization.
 
     Args:
@@ -79,7 +80,6 @@ class GRPOTrainer(Trainer):
             can be known.
     """
 
-    args: GRPOConfig
     config_class: type[GRPOConfig] = GRPOConfig
     algorithm_name = "GRPO"
     _tag_names = ("gmpo", "grpo")
@@ -110,6 +110,7 @@ class GRPOTrainer(Trainer):
         refuse_later_arguments(
             tools=tools, rollout_func=rollout_func, environment_factory=environment_factory
         )
+        refuse_folder_of_model(model, args.output_dir)
         set_seed(args.seed)
         if isinstance(model, str):
             check_path(model)
@@ -176,7 +177,8 @@ class GRPOTrainer(Trainer):
 
         set_tensorboard_folder(self.callback_handler.callbacks, self.args.logging_dir)
         self.add_callback(JsonlCallback)
-        self.add_callback(BetweenSteps(self.stages))
+        # First of all, so that what fails in another callback finds a whole step.
+        self.callback_handler.callbacks[:0] = [BetweenSteps(self.stages), WholeSteps(self)]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep logits and sums of gradients in float32, which FSDP2 would round to the layers' dtype."""
@@ -237,9 +239,13 @@ class GRPOTrainer(Trainer):
         self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], None]:
         """Return the micro-batches of one optimizer step; make a collection where one begins."""
-        batches = self.stages.optimizer_batches.next(
-            self.model_wrapped, epoch_iterator, num_batches, step=self.state.global_step
-        )
+        if self.is_finished:
+            return [], None
+        rows = self.with_random_state(epoch_iterator)
+        with self.signals.raising(at_once=distributed.world_size() == 1):
+            batches = self.stages.optimizer_batches.next(
+                cast(nn.Module, self.model_wrapped), rows, num_batches, step=self.state.global_step
+            )
         return batches, None
 
     def training_step(
@@ -398,63 +404,6 @@ class GRPOTrainer(Trainer):
             log_history=self.state.log_history,
             adapter=is_adapted(policy),
         )
-
-    # -- a run's life ----------------------------------------------------------------------------
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train.  If something fails on the way, leave what was learned so far as a checkpoint.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's folder, or True for the last whole one in
-                `output_dir`.
-            trial: A hyper-parameter search's trial, or its parameters.
-            ignore_keys_for_eval: As in `transformers.Trainer.train`.
-        """
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-        try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except (Exception, KeyboardInterrupt) as error:
-            self._save_what_was_learned(error)
-            raise
-
-    def _save_what_was_learned(self, error: BaseException) -> None:
-        steps = self.state.global_step
-        everybody_is_here = distributed.is_raised_on_all_ranks(error)
-        if not everybody_is_here or steps == 0 or self.optimizer is None:
-            return
-        folder = os.path.join(self.args.output_dir, f"checkpoint-{steps}")
-        if not os.path.exists(os.path.join(folder, "trainer_state.json")):
-            self._save_checkpoint(cast(nn.Module, self.model_wrapped), trial=None)
-        error.add_note(
-            f"What was learned in {steps} steps is in {folder}; "
-            "train(resume_from_checkpoint=True) goes on."
-        )
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save our state too, before trainer_state.json, which tells that a checkpoint is whole."""
-        super()._save_rng_state(output_dir)
-        save_state(self.stages.stateful_parts, output_dir, write=self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_state(self.stages.stateful_parts, checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.stages.policy_version.moved()
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.stages.policy_version.moved()
 
 
 class GMPOTrainer(GRPOTrainer):

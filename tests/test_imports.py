@@ -20,6 +20,8 @@ FLOORS = {
     "unwrap": 1,
     "model_name": 1,
     "checkpoint": 1,
+    "run_folder": 1,
+    "signals": 1,
     "data": 2,
     "objective": 2,
     "attention": 2,
@@ -34,6 +36,8 @@ FLOORS = {
     "learn": 4,
     "optimizer_batches": 4,
     "stages": 4,
+    "resume_options": 4,
+    "resumable": 4,
     "trainer": 4,
     "cli": 5,
 }

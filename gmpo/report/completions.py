@@ -4,7 +4,6 @@ A report that can't be written is a warning, never the end of a run.
 """
 
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -81,20 +80,16 @@ class CompletionLog:
         self._uploads: Any = None
 
     def begin(self, step: int) -> None:
-        """Make way for a run that goes on from `step`: later files are those of a run that was cut short, and go.
-
-        A run that starts anew (step 0) moves the files of an earlier one to `completions.old`.
-        """
+        """Make way for a run that goes on from `step`: it writes the files of later steps again."""
         if rank() == 0 and self.folder.exists() and self.settings.log_completions:
             with warn_on_error(f"tidy up {self.folder}"):
-                later = [file for file in self.folder.glob("*_*.parquet") if step_of(file) > step]
-                if step == 0 and later:
-                    aside = self.folder.with_name(FOLDER + ".old")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    self.folder.rename(aside)
-                    return
-                for file in later:
-                    file.unlink()
+                for file in self.folder.glob("*_*.parquet"):
+                    if step_of(file) > step:
+                        file.unlink()
+
+    def reset(self) -> None:
+        """Forget completions that were not written."""
+        self._pending = {}
 
     def add(self, scored: CompletionRecords, *, step: int, mode: str = "train") -> None:
         """Keep completions of this rank, sampled after `step` optimizer steps, until the next `write`."""
@@ -135,12 +130,17 @@ class CompletionLog:
             self._uploads = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows of this rank that are not written yet, in plain values."""
-        return {mode: [dict(row) for row in rows] for mode, rows in self._pending.items()}
+        """Return the rows of this rank that are not written yet, and the draw of those to print."""
+        return {
+            "pending": {mode: list(rows) for mode, rows in self._pending.items()},
+            "draw": self._draw.getstate(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self._pending = {mode: [dict(row) for row in rows] for mode, rows in state.items()}
+        """Go on from what `state_dict` returned."""
+        self._pending = {mode: list(rows) for mode, rows in state["pending"].items()}
+        version, numbers, rest = state["draw"]
+        self._draw.setstate((version, tuple(numbers), rest))
 
     def _hub_lock(self) -> Any:
         """Held while a file is written, so that the hub never gets half of one."""

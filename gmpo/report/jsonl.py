@@ -7,44 +7,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FILE_NAME = "metrics.jsonl"
+CLOSING = "train_runtime"  # only in the line that closes a run
 
 
 class JsonlCallback(TrainerCallback):
     """Appends every log to `output_dir/metrics.jsonl`, on the first rank.
 
-    A line is an object with `step` (optimizer steps done) and the logged names; figures that are not finite are null.
-    A run that resumes from step k drops the lines after k, so that no step is there twice.  A run that starts anew
-    moves the lines of an earlier one to `metrics.old.jsonl` (but goes on after an evaluation before the first step).
+    A line is an object with `step` (optimizer steps done) and the logged names; figures that are
+    not finite are null.  A run that resumes from step k drops the lines after k, and the closing
+    line, so that nothing is there twice.
     """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        path = Path(args.output_dir, FILE_NAME)
-        if not state.is_world_process_zero or not path.exists():
-            return
-        if state.global_step == 0 and any(record["step"] > 0 for record in read_records(path)):
-            path.replace(path.with_name("metrics.old.jsonl"))
-        else:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop the lines of steps that are made again."""
+        path = Path(str(args.output_dir), FILE_NAME)
+        if state.is_world_process_zero and path.exists():
             drop_lines_after(path, state.global_step)
 
     def on_log(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Add a line."""
         if not state.is_world_process_zero or not logs:
             return
-        path = Path(args.output_dir, FILE_NAME)
+        path = Path(str(args.output_dir), FILE_NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(
-            {"step": state.global_step} | {name: as_json(value) for name, value in logs.items()}
-        )
-        append_line(path, line)
+        line = {"step": state.global_step}
+        line |= {name: as_json(value) for name, value in logs.items()}
+        append_line(path, json.dumps(line))
 
 
 def append_line(path: Path, line: str) -> None:
@@ -67,8 +67,15 @@ def as_json(value: Any) -> Any:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of `path` up to `step`; a line that a crash cut short goes too.  The file is replaced whole."""
-    kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
+    """Keep the lines of `path` up to `step`, without a closing one; the file is replaced whole.
+
+    A line that a crash cut short goes too.
+    """
+    kept = []
+    for record in read_records(path):
+        if record["step"] <= step and CLOSING not in record:
+            kept.append(json.dumps(record) + "\n")
+
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text("".join(kept), encoding="utf-8")
     os.replace(fresh, path)

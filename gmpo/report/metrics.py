@@ -55,11 +55,21 @@ class Metrics:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What is pending on this rank, in plain values: {mode: {"means": {name: [sum, count]}, "minima": ...}}."""
-        return {mode: plain(statistics) for mode, statistics in self._pending.items()}
+        """Return what is pending on this rank: {mode: {"means": {name: [sum, count]}, ...}}.
+
+        The figures are scalar tensors, so nothing waits for the device.
+        """
+        return {
+            mode: {
+                "means": {name: list(sums) for name, sums in statistics.means.items()},
+                "minima": dict(statistics.minima),
+                "maxima": dict(statistics.maxima),
+            }
+            for mode, statistics in self._pending.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` returned."""
         self._pending = {
             mode: Statistics(
                 means={name: (total, count) for name, (total, count) in kinds["means"].items()},

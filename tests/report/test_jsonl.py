@@ -84,14 +84,11 @@ def test_a_line_cut_short_by_a_crash_is_dropped_on_resume_and_when_read(run):
     assert [json.loads(line)["step"] for line in run.path.read_text().splitlines()] == [10, 11]
 
 
-def test_a_fresh_run_starts_a_new_file_and_keeps_the_old_one_aside(run):
+def test_the_closing_line_is_dropped_when_a_run_goes_on(run):
     run(10, reward=1.0)
-    run.begin(0)
-    run(1, reward=2.0)
-    assert [record["step"] for record in read_records(run.path)] == [1]
-    assert [record["step"] for record in read_records(run.path.with_name("metrics.old.jsonl"))] == [
-        10
-    ]
+    run(10, train_runtime=3.0)
+    run.begin(10)
+    assert [record.get("reward") for record in read_records(run.path)] == [1.0]
 
 
 def test_an_evaluation_before_the_first_step_stays_with_the_run_that_follows(run):

@@ -18,7 +18,15 @@ def share_of_a(completions, **columns):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """Build a GMPOTrainer (or `cls`) with small sizes; keywords of the trainer and of the config may be mixed."""
+    """Give `trainer_maker` a folder."""
+    return trainer_maker(tmp_path)
+
+
+def trainer_maker(tmp_path):
+    """Return a function that builds a GMPOTrainer (or `cls`) with small sizes.
+
+    Keywords of the trainer and of the config may be mixed.
+    """
 
     def make(*, cls=GMPOTrainer, config_class=None, **keywords):
         config_class = config_class or cls.config_class or GMPOConfig

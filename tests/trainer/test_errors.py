@@ -149,7 +149,7 @@ def test_without_args_the_folder_is_named_after_model_and_method(tmp_path, monke
         tiny_model(), share_of_a, train_dataset=PROMPTS, processing_class=tiny_tokenizer()
     )
     assert isinstance(trainer.args, GMPOConfig)
-    assert trainer.args.output_dir == "model-GMPO"
+    assert trainer.args.output_dir == str(tmp_path / "model-GMPO")
 
 
 @pytest.mark.parametrize(

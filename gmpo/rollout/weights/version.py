@@ -17,7 +17,9 @@ class PolicyVersion:
         self.current += 1
 
     def state_dict(self) -> dict[str, int]:
+        """Return the count."""
         return {"current": self.current}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.current = state["current"]
+        """Go on from a count, but never to a number that an engine has seen for other weights."""
+        self.current = max(self.current + 1, state["current"])
