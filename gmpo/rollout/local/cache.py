@@ -1,19 +1,16 @@
 """Keys and values of rows that share prompts, and attention over them.
 
-A row attends to its prompt, which it shares with the other completions of its group, and to the tokens that it wrote
-itself.  The two parts are computed apart and merged by their log-sum-exps, which is exact:
+A row attends to its prompt, which it shares with the other completions of its group, and to the
+tokens that it wrote itself.  The two parts are computed apart and merged by their log-sum-exps
+(`attention/`).  So a prompt's keys and values are stored and read once for its whole group, by one
+matrix product instead of one matrix-vector product per row.
 
-    o = (e^a o_prompt + e^b o_own) / (e^a + e^b),    a, b = log-sum-exp of the scores of either part
-
-So a prompt's keys and values are stored and read once for its whole group, by one matrix product instead of one
-matrix-vector product per row.
-
-transformers' models come here through two doors: `SharedPrefixCache.update`, and the attention function that
-`attention_over` puts in place.  Every forward pass is one row of tokens, [1, N]: N tokens of several prompts one after
-another (prefill), or one new token of each of N completions (decode).
+transformers' models come here through two doors: `SharedPrefixCache.update`, and the attention
+function that `attention_over` puts in place.  Every forward pass is one row of tokens, [1, N]: N
+tokens of several prompts one after another (prefill), or one new token of each of N completions
+(decode).
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,15 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gmpo.attention.attend import attend
+from gmpo.attention.door import reach_of, switched
+from gmpo.attention.kernels import AttentionParams, attend_to, bias_of
+from gmpo.attention.merge import drain, merge
+from gmpo.attention.segments import Reach, Segments, Tree
+
 NAME = "gmpo_shared_prefix"
 COLUMNS = 64  # tokens by which the store of a row grows, at least
-QUERIES = 512  # tokens of a prompt whose scores are held at a time, where they have to be
-HIDDEN = -1e30  # score of a position that is not seen; finite, so that a row that sees nothing of a part stays finite
+
+_BiasKey = tuple[int | None, int]
 
 
 @dataclass(slots=True)
@@ -41,16 +43,15 @@ class Store:
 
     @classmethod
     def like(cls, keys: Tensor, values: Tensor, count: int, tokens: int) -> "Store":
-        """An empty store; zeros, because what is not seen is still multiplied by 0."""
-        return cls(
-            *(
-                part.new_zeros(count, part.shape[1], tokens, part.shape[-1])
-                for part in (keys, values)
-            )
-        )
+        """Return an empty store; zeros, because what is not seen is still multiplied by 0."""
+
+        def empty(part: Tensor) -> Tensor:
+            return part.new_zeros(count, part.shape[1], tokens, part.shape[-1])
+
+        return cls(empty(keys), empty(values))
 
     def grown(self, count: int, tokens: int, *, live: int, span: slice) -> "Store":
-        """A store of another size with the tokens `span` of the first `live` entries at its beginning."""
+        """Return a store of another size that begins with the tokens `span` of the first `live` entries."""
         new = Store.like(self.keys, self.values, count, tokens)
         size = span.stop - span.start
         new.keys[:live, :, :size] = self.keys[:live, :, span]
@@ -58,6 +59,7 @@ class Store:
         return new
 
     def move(self, target: Tensor, source: Tensor, span: slice) -> None:
+        """Copy the tokens `span` of the entries `source` to the entries `target`."""
         for part in (self.keys, self.values):
             part[target, :, span] = part[source, :, span]
 
@@ -68,9 +70,8 @@ class Grouping:
 
     num_prompts: int
     width: int  # most rows of one prompt
-    row: (
-        Tensor | None
-    )  # [num_prompts * width] row at each place, 0 where there is none; None: rows stand like that
+    # [num_prompts * width] row at each place, 0 where there is none; None if rows stand like that
+    row: Tensor | None
     prompt: Tensor  # [R] prompt of each row
     place: Tensor  # [R] place of each row among those of its prompt
 
@@ -97,10 +98,10 @@ class SharedPrefixCache(Cache):
         self.column = 0  # next to be written
         self._capacity = (0, 0)  # rows and columns of `own`
         self._grouping: Grouping | None = None
-        self._prefill: list[tuple[int, int]] | None = (
-            None  # while prompts are read: their tokens in the pass
-        )
-        self._biases: dict[Any, Any] = {}  # of this pass
+        self._prefill: Segments | None = None  # while prompts are read: the prompts of the pass
+        # Of this pass, by window and number of queries.
+        self._own_biases: dict[_BiasKey, tuple[int, Tensor | None]] = {}
+        self._prompt_biases: dict[_BiasKey, tuple[slice, Tensor | None]] = {}
         self.softcaps = True  # whether the model's own attention function bounds its scores
 
     def __len__(self) -> int:
@@ -112,14 +113,14 @@ class SharedPrefixCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Nothing but what was given: `attend` stores it."""
+        """Return what was given: `attend` stores it."""
         return key_states, value_states
 
     # -- prompts and rows come and go ---------------------------------------------------------------------------------
 
     @contextmanager
     def reading(self, lengths: Sequence[int]) -> Iterator[None]:
-        """Within the block, the one forward pass is over new prompts of these lengths, one after another."""
+        """Read new prompts of these lengths, one after another, in the one forward pass of the block."""
         old = len(self.prompt_lengths)
         keep = max(self.prompt_lengths, default=0)
         self.prompt_lengths += lengths
@@ -129,12 +130,11 @@ class SharedPrefixCache(Cache):
                 self.prompts[layer] = store.grown(
                     len(self.prompt_lengths), size, live=old, span=slice(0, keep)
                 )
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        self._prefill = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        self._prefill = Segments(tuple(Tree(length) for length in lengths), self.device)
         self._changed()
         yield
         self._prefill = None
-        self._biases.clear()
+        self._changed()
 
     def enter(self, prompts: Sequence[int]) -> None:
         """Add a row for each of these prompts, given by their numbers (reading order, as changed by `forget`)."""
@@ -184,7 +184,11 @@ class SharedPrefixCache(Cache):
 
     def _changed(self) -> None:
         self._grouping = None
-        self._biases.clear()
+        self._forget_biases()
+
+    def _forget_biases(self) -> None:
+        self._own_biases.clear()
+        self._prompt_biases.clear()
 
     # -- a decode step ------------------------------------------------------------------------------------------------
 
@@ -197,8 +201,9 @@ class SharedPrefixCache(Cache):
             self._grouping = grouping(self.prompt_of, len(self.prompt_lengths), self.device)
 
     def end_step(self) -> None:
+        """Call after it."""
         self.column += 1
-        self._biases.clear()
+        self._forget_biases()
 
     def _make_room(self) -> None:
         first, live = self.first, self.column - self.first
@@ -224,26 +229,22 @@ class SharedPrefixCache(Cache):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        window: int | None,
-        how: "AttentionParams",
+        reach: Reach,
+        params: AttentionParams,
     ) -> Tensor:
         """Store keys and values, and attend to all that each token sees.
 
         Args:
             query: [1, Hq, N, D].
             key, value: [1, Hk, N, D], Hk divides Hq.
-            window: Tokens that are seen, itself included; None: all.
-            how: Scale and the like.
 
         Returns:
             [1, N, Hq, D].
         """
-        query, key = (
-            query.to(value.dtype),
-            key.to(value.dtype),
-        )  # rotary embeddings are wider under autocast
+        # Rotary embeddings are wider under autocast.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         work = self._decode if self._prefill is None else self._read
-        return work(layer, query, key, value, window, how)[None]
+        return work(layer, query, key, value, reach, params)[None]
 
     def _read(
         self,
@@ -251,26 +252,31 @@ class SharedPrefixCache(Cache):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        window: int | None,
-        how: "AttentionParams",
+        reach: Reach,
+        params: AttentionParams,
     ) -> Tensor:
-        """Prefill: every prompt attends to itself, causally.  [N, Hq, D]."""
+        """Prefill: every prompt attends to itself, causally.  Return [N, Hq, D]."""
         assert self._prefill is not None
         store = self.prompts[layer]
         if store is None:
             store = Store.like(key, value, len(self.prompt_lengths), max(self.prompt_lengths))
             self.prompts[layer] = store
-        outputs = []
-        for prompt, (start, end) in enumerate(
-            self._prefill, len(self.prompt_lengths) - len(self._prefill)
-        ):
-            q, k, v = (part[:, :, start:end] for part in (query, key, value))
-            store.keys[prompt, :, : end - start] = k[0]
-            store.values[prompt, :, : end - start] = v[0]
-            repeats = query.shape[1] // key.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-            outputs.append(causal_attention(q, k, v, window, how)[0].transpose(0, 1))
-        return torch.cat(outputs)
+
+        first = len(self.prompt_lengths) - len(self._prefill.trees)
+        start = 0
+        for number, tree in enumerate(self._prefill.trees, first):
+            store.keys[number, :, : tree.prompt] = key[0, :, start : start + tree.prompt]
+            store.values[number, :, : tree.prompt] = value[0, :, start : start + tree.prompt]
+            start += tree.prompt
+
+        return attend(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            self._prefill,
+            reach,
+            params,
+        )
 
     def _decode(
         self,
@@ -278,37 +284,37 @@ class SharedPrefixCache(Cache):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        window: int | None,
-        how: "AttentionParams",
+        reach: Reach,
+        params: AttentionParams,
     ) -> Tensor:
-        """One new token per row.  [R, Hq, D]."""
+        """One new token per row.  Return [R, Hq, D]."""
         rows, heads = key.shape[2], key.shape[1]
         store = self.own[layer]
         if store is None:
             store = self.own[layer] = Store.like(key, value, *self._capacity)
         store.keys[:rows, :, self.column] = key[0].transpose(0, 1)
         store.values[:rows, :, self.column] = value[0].transpose(0, 1)
-        query = (
-            query[0].transpose(0, 1).reshape(rows, heads, -1, query.shape[-1])
-        )  # [R, Hk, Hq / Hk, D]
-        start, bias = self._own_bias(window, query)
+
+        # Query heads that share a key head take the place of the query tokens.
+        query = query[0].transpose(0, 1).reshape(rows, heads, -1, query.shape[-1])  # [R, Hk, r, D]
+        start, bias = self._own_bias(reach.window, query)
         seen = slice(start, self.column + 1)
-        output, lse = part_of_attention(
-            query, store.keys[:rows, :, seen], store.values[:rows, :, seen], bias, how
+        output, lse = attend_to(
+            query, store.keys[:rows, :, seen], store.values[:rows, :, seen], params, bias=bias
         )
-        span, bias = self._prompt_bias(window, query)
+
+        span, bias = self._prompt_bias(reach.window, query)
         if span.stop > span.start:
-            other, other_lse = self._prompt_part(layer, query, span, bias, how)
-            output = torch.lerp(
-                other, output, torch.sigmoid(lse - other_lse)[..., None].to(output.dtype)
-            )
-            lse = lse if how.sinks is None else torch.logaddexp(lse, other_lse)
-        return how.drained(output.reshape(rows, -1, output.shape[-1]), lse.reshape(rows, -1))
+            other, other_lse = self._prompt_part(layer, query, span, bias, params)
+            output, lse = merge(output, lse, other, other_lse)
+
+        output, lse = output.reshape(rows, -1, output.shape[-1]), lse.reshape(rows, -1)
+        return output if params.sinks is None else drain(output, lse, params.sinks)[0]
 
     def _prompt_part(
-        self, layer: int, query: Tensor, span: slice, bias: Tensor | None, how: "AttentionParams"
+        self, layer: int, query: Tensor, span: slice, bias: Tensor | None, params: AttentionParams
     ) -> tuple[Tensor, Tensor]:
-        """Attention of [R, Hk, r, D] queries to their prompts: the rows of a prompt form one matrix per head."""
+        """Attend with [R, Hk, r, D] queries to their prompts: the rows of a prompt form one matrix per head."""
         store, groups = self.prompts[layer], self._grouping
         assert store is not None and groups is not None
         _, heads, repeats, size = query.shape
@@ -316,7 +322,7 @@ class SharedPrefixCache(Cache):
         stacked = query if groups.row is None else query[groups.row]
         stacked = stacked.view(*shape, size).transpose(1, 2).reshape(shape[0], heads, -1, size)
         keys, values = store.keys[: shape[0], :, span], store.values[: shape[0], :, span]
-        output, lse = part_of_attention(stacked, keys, values, bias, how)
+        output, lse = attend_to(stacked, keys, values, params, bias=bias)
         output = output.view(shape[0], heads, groups.width, repeats, -1).transpose(1, 2)
         lse = lse.view(shape[0], heads, groups.width, repeats).transpose(1, 2)
         if groups.row is None:
@@ -324,9 +330,9 @@ class SharedPrefixCache(Cache):
         return output[groups.prompt, groups.place], lse[groups.prompt, groups.place]
 
     def _own_bias(self, window: int | None, query: Tensor) -> tuple[int, Tensor | None]:
-        """The first column that any row sees, and [R, 1, r, L] of what to add to the scores."""
-        key = ("own", window, query.shape[2])
-        if key not in self._biases:
+        """Return the first column that any row sees, and [R, 1, r, L] of what to add to the scores."""
+        key = (window, query.shape[2])
+        if key not in self._own_biases:
             start = self.first if window is None else max(self.first, self.column - window + 1)
             bias = None
             if max(self.entries) > start:
@@ -334,13 +340,13 @@ class SharedPrefixCache(Cache):
                 entry = torch.tensor(self.entries, device=self.device)
                 bias = bias_of(column >= entry[:, None], query.dtype)[:, None, None]
                 bias = bias.expand(-1, 1, query.shape[2], -1)
-            self._biases[key] = (start, bias)
-        return self._biases[key]
+            self._own_biases[key] = (start, bias)
+        return self._own_biases[key]
 
     def _prompt_bias(self, window: int | None, query: Tensor) -> tuple[slice, Tensor | None]:
-        """The tokens of the prompts that any row sees, and [prompts, 1, rows of one * r, P] of what to add."""
-        key = ("prompt", window, query.shape[2])
-        if key not in self._biases:
+        """Return the tokens of the prompts that any row sees, and [prompts, 1, rows of one * r, P] of what to add."""
+        key = (window, query.shape[2])
+        if key not in self._prompt_biases:
             lengths = self.prompt_lengths
             # A row's token stands at position length + age, and sees positions above length + age - window.
             ages = [self.column - entry for entry in self.entries]
@@ -354,8 +360,9 @@ class SharedPrefixCache(Cache):
             alike = (
                 min(lengths) == max(lengths) and max(hidden) <= span.start
             ) or span.start == span.stop
-            self._biases[key] = (span, None if alike else self._ragged_bias(span, hidden, query))
-        return self._biases[key]
+            bias = None if alike else self._ragged_bias(span, hidden, query)
+            self._prompt_biases[key] = (span, bias)
+        return self._prompt_biases[key]
 
     def _ragged_bias(self, span: slice, hidden: list[int], query: Tensor) -> Tensor:
         groups = self._grouping
@@ -374,76 +381,12 @@ class SharedPrefixCache(Cache):
         return bias.reshape(groups.num_prompts, 1, -1, len(position))
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionParams:
-    """How a layer weighs what it sees."""
-
-    scale: float
-    softcap: float | None = None  # bound of the scores
-    sinks: Tensor | None = None  # [Hq] score of a position without a value that every token sees
-
-    def drained(self, output: Tensor, lse: Tensor) -> Tensor:
-        """Attention output [..., Hq, D] less the weight that goes to the sinks; `lse` is [..., Hq]."""
-        if self.sinks is None:
-            return output
-        return output * torch.sigmoid(lse - self.sinks.float())[..., None].to(output.dtype)
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, how: AttentionParams
-) -> Tensor:
-    """Attention of a text to itself, all of [1, H, N, D]."""
-    length = query.shape[2]
-    plain = window is None or window >= length
-    if plain and how.softcap is None and how.sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=how.scale)
-    position = torch.arange(length, device=query.device)
-    outputs = []
-    for start in range(0, length, QUERIES):  # bounds the memory of scores and mask
-        rows = slice(start, min(start + QUERIES, length))
-        columns = slice(0 if window is None else max(0, start - window + 1), rows.stop)
-        distance = position[rows, None] - position[columns]
-        bias = bias_of((distance >= 0) & (distance < (window or length)), query.dtype)[None, None]
-        output, lse = part_of_attention(
-            query[:, :, rows], key[:, :, columns], value[:, :, columns], bias, how
-        )
-        outputs.append(how.drained(output.transpose(1, 2), lse.transpose(1, 2)).transpose(1, 2))
-    return torch.cat(outputs, dim=2)
-
-
-def part_of_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, how: AttentionParams
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the log-sum-exp of its scores.
-
-    Args:
-        query: [n, h, q, D].
-        key, value: [n, h, k, D].
-        bias: [n or 1, 1, q, k] of the dtype of query, to be added to the scores; None: 0.
-
-    Returns:
-        [n, h, q, D], and [n, h, q] float32.
-    """
-    if query.device.type == "cpu" and how.softcap is None and query.shape[-1] == value.shape[-1]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=bias, scale=how.scale
-        )
-    scores = (query @ key.transpose(-1, -2)).float() * how.scale
-    if how.softcap is not None:
-        scores = torch.tanh(scores / how.softcap) * how.softcap
-    if bias is not None:
-        scores = scores + bias
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
-
-
-def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where seen, else a large negative number."""
-    hidden = max(HIDDEN, torch.finfo(dtype).min / 2)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
-
-
 def grouping(prompt_of: Sequence[int], num_prompts: int, device: torch.device) -> Grouping:
+    """Return which row belongs to which prompt.
+
+    Example:
+        prompt_of [1, 0, 1] of 2 prompts -> width 2, row [1, 0 (none), 0, 2], place [0, 0, 1]
+    """
     members: list[list[int]] = [[] for _ in range(num_prompts)]
     place = []
     for row, prompt in enumerate(prompt_of):
@@ -462,7 +405,7 @@ def grouping(prompt_of: Sequence[int], num_prompts: int, device: torch.device) -
 
 
 def after_removal(count: int, removed: Sequence[int]) -> list[int]:
-    """Old number of each entry that remains, when the last ones fill the gaps.
+    """Return the old number of each entry that remains, when the last ones fill the gaps.
 
     >>> after_removal(6, [1, 4])
     [0, 5, 2, 3]
@@ -473,7 +416,7 @@ def after_removal(count: int, removed: Sequence[int]) -> list[int]:
     return [next(movers) if entry in gone else entry for entry in range(remaining)]
 
 
-# -- the door through which a model comes here -------------------------------------------------------------------------
+# -- the door through which a model comes here ---------------------------------------------------
 
 _active: ContextVar[SharedPrefixCache] = ContextVar("active")
 
@@ -484,54 +427,31 @@ def shared_prefix_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: Any,
+    scaling: float | None = None,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in the place of its own attention functions."""
+    """Return attention over the active cache, as transformers calls attention functions."""
     cache = _active.get()
-    output = cache.attend(
-        module.layer_idx,
-        query,
-        key,
-        value,
-        kwargs["sliding_window"] if "sliding_window" in kwargs else configured_window(module),
-        AttentionParams(
-            scaling, kwargs.get("softcap") if cache.softcaps else None, kwargs.get("s_aux")
-        ),
+    params = AttentionParams(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=keywords.get("softcap") if cache.softcaps else None,
+        sinks=keywords.get("s_aux"),
     )
-    return output, None
+    reach = reach_of(module, keywords)
+    return cache.attend(module.layer_idx, query, key, value, reach, params), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)
 
 
-def configured_window(module: Any) -> int | None:
-    """The window of a layer that tells it to its mask alone, as Qwen2-MoE's and Phi-MoE's do."""
-    if not hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask"):
-        return None  # the config may have a window all the same, which the model leaves alone
-    kinds = getattr(module.config, "layer_types", None)
-    slides = kinds is None or kinds[module.layer_idx] == "sliding_attention"
-    return getattr(module.config, "sliding_window", None) if slides else None
-
-
 @contextmanager
-def attention_over(model: Any, cache: SharedPrefixCache) -> Iterator[None]:
-    """Within the block, the model's attention layers store into `cache` and attend to it."""
-    configs = {
-        id(config): config
-        for m in model.modules()
-        if (config := getattr(m, "config", None)) is not None
-    }
-    before = {number: config._attn_implementation_internal for number, config in configs.items()}
-    cache.softcaps = (
-        "sdpa" not in before.values()
-    )  # transformers' sdpa leaves them out, and so does the trainer then
+def attention_over(model: nn.Module, cache: SharedPrefixCache) -> Iterator[None]:
+    """Let the model's attention layers store into `cache` and attend to it, within the block."""
     token = _active.set(cache)
     try:
-        for config in configs.values():
-            config._attn_implementation_internal = NAME
-        yield
+        with switched(model, NAME) as names:
+            # transformers' sdpa leaves soft caps out, and so does the trainer then.
+            cache.softcaps = "sdpa" not in names
+            yield
     finally:
         _active.reset(token)
-        for number, config in configs.items():
-            config._attn_implementation_internal = before[number]
