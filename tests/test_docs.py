@@ -268,6 +268,7 @@ def test_every_name_on_the_page_of_metrics_is_logged(logged):
         "aux_loss",  # of mixtures of experts
         "sampling/importance_sampling_ratio/truncated",  # of the truncating modes
         "rewards/{name}/truncated",  # of reward models
+        "rewards/{name}/lost",  # of rewards in processes
     }
     assert named_metrics() - names == only_elsewhere
 
