@@ -373,8 +373,8 @@ def test_sleep_mode_gives_memory_away_after_each_collection(start):
     engine.llm.wake_up = lambda tags: calls.append(("wake", *tags))
     start_update = engine.llm.start_weight_update
     engine.llm.start_weight_update = lambda: (calls.append(("update",)), start_update())
-    for _ in range(2):
-        engine.publish(0)
+    for version in (0, 0, 0, 1):
+        engine.publish(version)
         engine.generate([request([5])], Sampling(2))
     assert calls == [
         ("update",),
@@ -382,8 +382,19 @@ def test_sleep_mode_gives_memory_away_after_each_collection(start):
         ("wake", "weights"),
         ("update",),  # the same version: the weights were thrown away
         ("wake", "kv_cache"),
+        ("sleep", 1),  # and may be used again, as in an evaluation: they are kept
+        ("wake", "weights", "kv_cache"),
+        ("sleep", 1),
+        ("wake", "weights"),
+        ("update",),
+        ("wake", "kv_cache"),
         ("sleep", 2),
     ]
+
+
+def test_sampling_options_that_vllm_refuses_are_told_before_it_starts(start):
+    with pytest.raises(ValueError, match=r"vLLM refuses .* Change generation_kwargs"):
+        start(small_policy(), generation_kwargs={"presence_penalty": 7.0}, logps_support="full")
 
 
 def test_options_that_vllm_does_not_know_are_named(start):

@@ -105,6 +105,8 @@ class ColocatedEngine:
         self.adapter: LoRARequest | None = None
         self.takes_adapters = bool(engine_kwargs(settings).get("enable_lora"))
         self.sleeping: set[str] = set()  # parts of the engine's memory that are given away
+        self.forgotten: int | None = None  # version of the weights that sleep has thrown away
+        self.used_again = False  # the weights are those that sleep had thrown away
         self.scale = 1.0
         self.check: ExactnessCheck | None = ExactnessCheck(
             policy,
@@ -141,6 +143,7 @@ class ColocatedEngine:
         if version == self.version:
             return
         self.version = None
+        self.used_again = version == self.forgotten
         with raise_on_all_ranks("wake the vLLM engine"):
             self._wake("weights")
 
@@ -282,13 +285,14 @@ class ColocatedEngine:
     def _sleep(self) -> None:
         """Give the engine's memory to the trainer.
 
-        Whole weights are published again anyway; those below adapters are kept.
+        Whole weights are thrown away, since they are published again anyway, unless they were used
+        again before, as in an evaluation of many batches.  Those below adapters are kept, too.
         """
-        kept = self.adapter is not None
+        kept = self.adapter is not None or self.used_again
         self.open_llm.sleep(level=1 if kept else 2)
         self.sleeping = {"weights", "kv_cache"}
         if not kept:
-            self.version = None
+            self.forgotten, self.version = self.version, None
 
     def _wake(self, *parts: str) -> None:
         due = [part for part in parts if part in self.sleeping]

@@ -20,7 +20,7 @@ from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.inside.names import BACKEND, CPU_BLOCK
 from gmpo.rollout.vllm.inside.worker import register
-from gmpo.rollout.vllm.sampling import VllmSampling
+from gmpo.rollout.vllm.sampling import GRAMMAR, VllmSampling
 from gmpo.rollout.weights.named import check_publishable
 from gmpo.unwrap import without_adapter
 
@@ -97,6 +97,7 @@ def start_engine(
 
         extra = engine_kwargs(settings)
         check_known(extra, LLM)
+        check_values(sampling)
         register()
         arguments = engine_arguments(
             settings, policy, run=run, sampling=sampling, folder=folder, dtype=dtype
@@ -110,8 +111,7 @@ def save_config(policy: PreTrainedModel, folder: str) -> None:
     They are dequantised, so that vLLM must not expect quantised ones.
     """
     config = copy.deepcopy(without_adapter(policy).config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     config.save_pretrained(folder)
 
 
@@ -133,6 +133,19 @@ def check_known(options: dict[str, Any], llm: Callable[..., Any]) -> None:
             raise ValueError(
                 f"vllm_engine_kwargs has {name!r}, which vLLM does not know.{advice(name, known)}"
             )
+
+
+def check_values(sampling: VllmSampling) -> None:
+    """Raise a ValueError for a sampling option that vLLM refuses, before it is started."""
+    from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] (an extra)
+
+    options = {name: value for name, value in sampling.options.items() if name != GRAMMAR}
+    try:
+        SamplingParams(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"vLLM refuses the sampling options {options}: {error} Change generation_kwargs."
+        ) from None
 
 
 def check_ranks(tensor_parallel_size: int) -> None:

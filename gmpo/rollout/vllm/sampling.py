@@ -33,6 +33,7 @@ KNOWN = {
 }
 # Options that change the distribution, by the values at which they don't.
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+GRAMMAR = "structured_outputs"
 CUTS = ("top_p", "top_k", "min_p")  # those that leave some tokens only
 GREEDY = {"temperature": 1.0, **PLAIN, "top_k": 1}  # the most probable token, as a cut
 # Options that vLLM adds to logits, before the temperature divides them.
@@ -162,14 +163,14 @@ def vllm_sampling(
     if "stop" in options:
         options["stop"] = as_list(options["stop"])
     if regex is not None:
-        options["structured_outputs"] = {"regex": regex}
+        options[GRAMMAR] = {"regex": regex}
 
     temperature = 0.0 if greedy else float(options["temperature"])
     options["temperature"] = temperature
     return VllmSampling(
         options,
         temperature,
-        restricted="structured_outputs" in options,
+        restricted=GRAMMAR in options,
         support=sampling.logps_support,
     )
 

@@ -170,6 +170,6 @@ def without_wrappers(name: str) -> str:
     """Return a parameter's name without what torch wraps modules in.
 
     Example:
-        "layers.0._checkpoint_wrapped_module.q_proj.lora_A.weight" -> "layers.0.q_proj.lora_A.weight"
+        "layers.0._checkpoint_wrapped_module.q_proj.weight" -> "layers.0.q_proj.weight"
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -27,7 +27,8 @@ def dequantized(layer: nn.Module) -> Tensor:
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
 
     # The first forward pass moves the scale of each row from the weight to the layer.
-    scale = weight.SCB if weight.SCB is not None else layer.state.SCB
+    state: Any = layer.state
+    scale = weight.SCB if weight.SCB is not None else state.SCB
     return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scale)
 
 

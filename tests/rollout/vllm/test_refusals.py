@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from gmpo.config import GMPOConfig
 from gmpo.rollout.refusals import (
     BOTH_MODES,
     COLOCATED_ONLY,
     SERVER_ONLY,
-    check_support,
     check_vllm_options,
 )
 from gmpo.rollout.sampling import sampling_from
@@ -218,17 +218,13 @@ def test_an_engine_reports_what_the_trainer_scores(options, mode, token_sets):
 # -- generation_kwargs and the distribution, before weights are loaded ---------------------------------------------------
 
 
-def refused(match, **options):
-    settings = RolloutSettings(use_vllm=True, vllm_mode="server", **options)
-    with pytest.raises(ValueError, match=match):
-        check_vllm_options(settings)
-        check_support(settings)
-
-
 def accepted(**options):
-    settings = RolloutSettings(use_vllm=True, vllm_mode="server", **options)
-    check_vllm_options(settings)
-    check_support(settings)
+    GMPOConfig("out", use_vllm=True, vllm_mode="server", use_cpu=True, **options)
+
+
+def refused(match, **options):
+    with pytest.raises(ValueError, match=match):
+        accepted(**options)
 
 
 @pytest.mark.parametrize("name", ["num_beams", "tempreature", "seed", "n"])

@@ -63,7 +63,8 @@ def finished_samples(
         count: Of samples.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: A part is malformed, or samples are missing.
+        ValueError, KeyError, TypeError, AttributeError: A part is malformed, or samples are
+            missing.
     """
     growing = {number: StreamedSample() for number in range(count)}
     for part in parts:
