@@ -10,12 +10,23 @@ from gmpo.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Ask for `count` completions of one prompt."""
+    """Ask for `count` completions of one prompt.
 
-    prompt: Prompt
+    A sample that goes on, after a tool has answered perhaps, is a request for one completion with
+    the tokens `so_far`, which are never tokenised again.
+
+    Example:
+        Sample 2 of a group goes on after 30 tokens of its own and 12 of a tool's answer, with 70
+        left of its budget: Request(prompt, 1, seed, first=2, so_far=those 42, max_new_tokens=70).
+    """
+
+    prompt: Prompt  # the group's: read once, also by samples that go on
     count: int
-    seed: int  # names the random numbers: the same seed gives the same completions, whatever the batch
-    first: int = 0  # number of the first sample within its group, if the group is spread over ranks
+    seed: int  # the same seed gives the same completions, whatever the batch
+    first: int = 0  # number of the first sample in its group, which may be spread over ranks
+    so_far: Sequence[int] = ()  # the sample's tokens after the prompt, its own and others
+    max_new_tokens: int | None = None  # the rest of the budget; None for the sampling's
+    stop: Sequence[str] = ()  # texts that end it, besides the sampling's
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,29 @@ class Completion:
     )
 
 
+class Work(Protocol):
+    """Requests of one rank, as they come.  Called from the thread that serves them, only."""
+
+    def take(self, room: int, *, wait: bool) -> list[Request] | None:
+        """Return at most `room` requests, [] if none is ready, or None if that was all.
+
+        Args:
+            room: At least 1.
+            wait: The engine has nothing else to do: return when there is something.
+        """
+        ...
+
+    def give(self, request: Request, number: int, completion: Completion) -> None:
+        """Take a sample of a request, as soon as it is finished.
+
+        Args:
+            request: As it was taken.
+            number: From 0 to request.count - 1.
+            completion: The sample, without `so_far`.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Makes completions.  Every rank has one and calls `generate` the same number of times.
 
@@ -76,3 +110,21 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class ServingEngine(Engine, Protocol):
+    """An engine that pulls its requests: they join as they come, and leave as they are finished."""
+
+    overlaps: (
+        bool  # it has a copy of the weights: it may serve in a thread while the trainer learns
+    )
+
+    def serve(self, work: Work, sampling: Sampling) -> None:
+        """Serve until there is no more work.
+
+        Holds no collective: each rank serves its own work.
+
+        Raises:
+            Exception: What failed here.  Samples that were finished have been given.
+        """
+        ...
