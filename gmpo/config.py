@@ -20,7 +20,7 @@ from gmpo.option import advice, check_options, option, parse_dicts
 from gmpo.policy.settings import PolicySettings
 from gmpo.report.settings import ReportSettings
 from gmpo.reward.settings import RewardSettings, check_rewards
-from gmpo.rollout.refusals import check_support, check_vllm_options
+from gmpo.rollout.check import check_support, check_vllm_options
 from gmpo.rollout.settings import RolloutSettings
 
 Config = TypeVar("Config", bound=type)

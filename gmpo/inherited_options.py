@@ -25,7 +25,7 @@ from gmpo.option import (
     parsed_dict,
     rules_of,
 )
-from gmpo.rollout.refusals import needs_token_sets
+from gmpo.rollout.check import needs_token_sets
 
 # option -> (the values that change nothing, why any other is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {

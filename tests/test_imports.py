@@ -96,11 +96,11 @@ def test_every_room_has_a_floor():
     assert {room(path) for path in FILES} == FLOORS.keys()
 
 
-def test_the_config_reads_only_settings_and_refusals_of_the_stages():
+def test_the_config_reads_only_settings_and_checks_of_the_stages():
     for name in imported_modules(ROOT / "config.py"):
         parts = name.split(".")
         if parts[1] in STAGES:
-            assert parts[-1] in ("settings", "refusals") or name == "gmpo.objective.check", name
+            assert parts[-1] in ("settings", "check"), name
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOT)))

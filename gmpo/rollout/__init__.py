@@ -9,6 +9,6 @@ prompts/            dataset rows to token ids, and back to text
 weights/            the policy's weights for engines with a copy of them
 local/              engines around the trainer's own module
 vllm/               vLLM, in the training process or behind servers
-refusals.py         combinations of options that can't act together
+check.py            combinations of options that can't act together
 settings.py         options of this stage
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gmpo.config import GMPOConfig
-from gmpo.rollout.refusals import (
+from gmpo.rollout.check import (
     BOTH_MODES,
     COLOCATED_ONLY,
     SERVER_ONLY,
