@@ -178,6 +178,11 @@ class GRPOConfig(
                 f"{self.zero_signal_groups!r}. Set zero_signal_groups='resample', or leave "
                 "max_resamples out."
             )
+        if self.nonfinite_steps == "skip" and self.deepspeed is not None:
+            raise ValueError(
+                "nonfinite_steps='skip' has no effect with deepspeed, which makes the optimizer's "
+                "step within the backward pass. Use nonfinite_steps='stop'."
+            )
         if self.sync_ref_model and self.beta == 0.0:
             raise ValueError(
                 "sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model "

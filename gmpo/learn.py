@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gmpo import distributed
 from gmpo.config import GRPOConfig
 from gmpo.data.micro_batches import has_signal
+from gmpo.nonfinite import NonFiniteSteps, broken_rows
 from gmpo.objective.entropy_bonus import EntropyController
 from gmpo.objective.objective import Objective
 from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
@@ -48,6 +49,10 @@ class ChunkLoss:
         progress: Share of the training that is done, in [0, 1].
         entropy_coef: Weight of the entropy bonus; None without one.
         router_coef: Weight of the load-balancing loss of a mixture of experts.
+
+    Attributes:
+        statistics: Of the rows that were seen so far.
+        broken: [B] bool, true for rows with a log-prob that is not finite.
     """
 
     def __init__(
@@ -68,7 +73,8 @@ class ChunkLoss:
         self.progress = progress
         self.entropy_coef = entropy_coef
         self.router_coef = router_coef
-        self.statistics = Statistics()  # of the rows that were seen so far
+        self.statistics = Statistics()
+        self.broken = torch.zeros(len(batch), dtype=torch.bool, device=batch.mask.device)
 
     def __call__(self, rows: Tensor, logps: Tensor, entropy: Tensor) -> Tensor:
         """Return the share of `rows` ([b] int64) in the loss; log-probs and entropies are [M]."""
@@ -95,6 +101,7 @@ class ChunkLoss:
             entropy_coef=self.entropy_coef,
         )
         self.statistics.update(seen)
+        self.broken[rows] = broken_rows(batch.mask, logps.detach(), old_logps, batch.ref_logps)
         return loss
 
     def router_share(self, router_loss: Tensor) -> Tensor:
@@ -124,6 +131,7 @@ class Learner:
         logprobs: LogProbs,
         metrics: Metrics,
         stopwatch: Stopwatch,
+        nonfinite_steps: NonFiniteSteps,
         backward: Callable[[Tensor], None],
     ) -> None:
         self.args = args
@@ -133,22 +141,47 @@ class Learner:
         self.logprobs = logprobs
         self.metrics = metrics
         self.stopwatch = stopwatch
+        self.nonfinite_steps = nonfinite_steps
         self.backward = backward
 
         self.max_tokens_per_chunk = args.max_tokens_per_chunk
         # Under FSDP and DeepSpeed every rank must make as many passes as the others.
         self.in_step = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+        # DeepSpeed makes the optimizer's step at the end of the last backward pass.
+        self.steps_in_backward = accelerator.distributed_type.value == "DEEPSPEED"
         # Micro-batches whose gradients this optimizer step has already.
         self._added: list[tuple[MicroBatch, float]] = []
+        self._number = 0  # of this optimizer step
+        # Figures of this optimizer step, which count only if it is made.
+        self._of_step = Statistics()
         # Sum and count over the tokens of this optimizer step.
         self._step_entropy = (torch.zeros(()), torch.zeros(()))
 
-    def begin_step(self) -> None:
-        """Forget the micro-batches of the last optimizer step."""
+    def begin_step(self, number: int) -> None:
+        """Forget the micro-batches of the last optimizer step; `number` counts from 1."""
+        self._number = number
         self._added = []
+        self._of_step = Statistics()
+        self.nonfinite_steps.begin_step()
+
+    def is_finite(self, model: nn.Module, grad_norm: Tensor | float | None) -> bool:
+        """Return whether the optimizer may make its step, as `NonFiniteSteps.check` does."""
+        if self.accelerator.scaler is not None:  # it skips steps that overflow, and scales less
+            grad_norm = None
+        if self.nonfinite_steps.check(model, grad_norm, step=self._number):
+            return True
+        self._of_step = Statistics()
+        self._step_entropy = (torch.zeros(()), torch.zeros(()))
+        return False
 
     def end_step(self) -> None:
-        """Move the coefficient of the entropy bonus after an optimizer step.  Every rank must call."""
+        """Count the figures of an optimizer step, and move the coefficient of the entropy bonus.
+
+        Every rank must call.
+        """
+        self.metrics.add(self._of_step)
+        self.metrics.add(self.nonfinite_steps.statistics())
+        self._of_step = Statistics()
         if not self.entropy_bonus.adaptive:
             return
         sums = torch.stack([torch.as_tensor(value) for value in self._step_entropy])
@@ -200,6 +233,7 @@ class Learner:
 
             # Here, and not above, where the error still holds the tensors of the failed pass.
             model.zero_grad()
+            self.nonfinite_steps.begin_step()
             for earlier, its_progress in self._added:
                 self._add_chunks(model, dataclasses.replace(earlier, mode=None), its_progress)
 
@@ -243,6 +277,8 @@ class Learner:
             chunk_select = select[chunk_rows, : chunk.batch.mask.shape[1]]
             with self._synchronised_only(model, last=number == len(chunks) - 1):
                 loss, seen = self.loss(model, chunk, chunk_select, progress=progress)
+                if self.steps_in_backward:
+                    self.nonfinite_steps.check(model, None, step=self._number)
                 self.backward(loss * distributed.world_size())
             total += loss.detach() * distributed.world_size()
             statistics.update(seen)
@@ -270,14 +306,14 @@ class Learner:
     def _count(
         self, model: nn.Module, inputs: MicroBatch, num_rows: int, statistics: Statistics
     ) -> None:
-        """Add what was seen in a micro-batch to the metrics and to the entropy bonus's controller."""
+        """Add what was seen in a micro-batch to the step's figures and to the bonus's controller."""
         num_of_batch = len(inputs.batch)
         if self.skips_silent_rows(model):
             statistics.means["signal/rows"] = (float(num_rows), float(num_of_batch))
         if self.entropy_bonus.is_on:
             weight = num_of_batch / inputs.denominators.rows
             statistics.means["entropy_coef"] = (weight * self.entropy_bonus.coefficient, weight)
-        self.metrics.add(statistics)
+        self._of_step.update(statistics)
 
         # With a selection by entropy, the bonus is of the selected tokens, and so is its control.
         seen = statistics.means
@@ -329,6 +365,8 @@ class Learner:
             router_share=chunk_loss.router_share,
             want_entropy_grad=self.entropy_bonus.coef != 0.0,
         )
+        if torch.is_grad_enabled():
+            self.nonfinite_steps.note(batch, chunk_loss.broken, loss)
         return loss, chunk_loss.statistics
 
     @torch.no_grad()

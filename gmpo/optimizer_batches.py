@@ -104,7 +104,7 @@ class OptimizerBatches:
             num_micro_batches: Of the optimizer step.
             step: Optimizer steps that are done.
         """
-        self.learner.begin_step()
+        self.learner.begin_step(step + 1)
         with distributed.raise_on_all_ranks("read the next rows"):
             shares = list(itertools.islice(rows, num_micro_batches))
 
@@ -140,6 +140,8 @@ class OptimizerBatches:
 
         with distributed.raise_on_all_ranks("cut a collection into micro-batches"):
             batch = collection.batch.to(self.args.device)
+            numbers = [getattr(row, "number", -1) for row in collection.rows.rows]
+            batch.dataset_rows = torch.tensor(numbers, dtype=torch.int64)
             indices = split_into_micro_batches(
                 collection.batch.group,
                 rows=self.args.per_device_train_batch_size,

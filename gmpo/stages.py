@@ -21,6 +21,7 @@ from gmpo.config import GRPOConfig
 from gmpo.data.loaders import EpochListener
 from gmpo.data.resample import ReplacementPrompts
 from gmpo.learn import Learner
+from gmpo.nonfinite import NonFiniteSteps
 from gmpo.objective.entropy_bonus import EntropyController
 from gmpo.objective.objective import objective_from
 from gmpo.optimizer_batches import OptimizerBatches
@@ -130,6 +131,9 @@ class Stages:
             logprobs=self.logprobs,
             metrics=self.metrics,
             stopwatch=self.stopwatch,
+            nonfinite_steps=NonFiniteSteps(
+                skip=args.nonfinite_steps == "skip", decode=encoder.tokenizer.decode
+            ),
             backward=backward,
         )
         self.optimizer_batches = OptimizerBatches(

@@ -269,6 +269,16 @@ class GRPOTrainer(ResumableTrainer):
         self._release_cache()
         return total
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the step's gradient, right before the optimizer's step.
+
+        A step that is not finite ends the run here, or loses its gradient.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.stages.learner.is_finite(model, norm):
+            return 0.0
+        return norm
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -99,6 +99,8 @@ class Batch:
     # [B, T], the tokens that each was drawn from; None if always all
     support: TokenSets | None = None
     policy_version: int = 0
+    # [B] int64, number of the row in the dataset, -1 if unknown; None if all are
+    dataset_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

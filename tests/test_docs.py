@@ -266,6 +266,7 @@ def test_every_name_on_the_page_of_metrics_is_logged(logged):
         "policy_loss",  # with an entropy bonus
         "entropy_coef",
         "aux_loss",  # of mixtures of experts
+        "nonfinite_steps",  # with nonfinite_steps="skip"
         "sampling/importance_sampling_ratio/truncated",  # of the truncating modes
         "rewards/{name}/truncated",  # of reward models
         "rewards/{name}/lost",  # of rewards in processes

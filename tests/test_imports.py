@@ -34,6 +34,7 @@ FLOORS = {
     "arguments": 4,
     "collect": 4,
     "learn": 4,
+    "nonfinite": 4,
     "optimizer_batches": 4,
     "stages": 4,
     "resume_options": 4,

@@ -41,6 +41,13 @@ class PolicySettings:
         "runs the whole micro-batch at once.",
         low=1,
     )
+    nonfinite_steps: str = option(
+        "stop",
+        "An optimizer step whose log-probs, loss or gradient norm are not finite: 'stop' ends the "
+        "run before the weights are touched, names the rows and leaves a checkpoint; 'skip' drops "
+        "the step and counts it.",
+        choices=("stop", "skip"),
+    )
     sync_ref_model: bool = option(
         False, "Move the reference toward the policy every ref_model_sync_steps (needs beta > 0)."
     )

@@ -86,6 +86,7 @@ POLICY: dict[str, Row] = {
         "packed", lambda run: {shape[0] for shape in o.training_shapes(run)}, to={1}, given=PADDED
     ),
     "max_tokens_per_chunk": Acts(20, lambda run: len(o.training_shapes(run))),
+    "nonfinite_steps": Acts("skip", o.has("nonfinite_steps"), to=True),
     "sync_ref_model": Checked(checks.sync_ref_model),
     "ref_model_mixup_alpha": Acts(1.0, o.reference, to=o.weights, given=SYNCED),
     "ref_model_sync_steps": Acts(2, o.reference, given=SYNCED),
