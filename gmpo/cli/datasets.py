@@ -119,7 +119,7 @@ def load_saved(folder: str, *, split: str) -> Any:
     if isinstance(rows, datasets.DatasetDict):
         if match[1] not in rows:
             raise ValueError(
-                f"{folder!r} has no split {match[1]!r}; its splits are: {', '.join(rows)}."
+                f"{folder!r} has no split {match[1]!r}; its splits are: {', '.join(map(str, rows))}."
             )
         rows = rows[match[1]]
 

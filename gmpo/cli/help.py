@@ -94,10 +94,10 @@ def overridden() -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for name in ("GRPOConfig", "GMPOConfig"):  # the later one wins
         for node in classes[name].body:
-            called = isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)
-            if called and ast.unparse(node.value.func) == "option":
-                first = node.value.args[0]
-                defaults[node.target.id] = written(first)
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Call):
+                continue
+            if ast.unparse(node.value.func) == "option":
+                defaults[ast.unparse(node.target)] = written(node.value.args[0])
     return defaults
 
 

@@ -18,27 +18,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNLIMITED = 10**9  # tokenizers without a maximal length say 1e30
-_ORIGIN = (
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-)  # the tokenizer's keywords too
+# Keywords of from_pretrained that are for the tokenizer too.
+_ORIGIN = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 @dataclass(frozen=True, slots=True)
 class RewardModelSettings:
     """How reward models are loaded and run."""
 
-    init_kwargs: Mapping[str, Any] | None = (
-        None  # for from_pretrained; float32 if it names no dtype
-    )
+    # For from_pretrained; the dtype is float32 if none is named.
+    init_kwargs: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
-    device: torch.device | str | None = (
-        None  # models that have no device map go there; None: they stay
-    )
+    # Where models without a device map go; with None they stay where they are.
+    device: torch.device | str | None = None
     tokens_per_batch: int = 16384  # padded tokens of one forward pass; a longer row goes alone
 
 
@@ -46,9 +39,10 @@ class RewardModelSettings:
 class ModelReward:
     """The first logit of a sequence classifier for prompt + completion.
 
-    Conversations go through the tokenizer's chat template.  Plain text gets the tokenizer's special tokens, unless it
-    brings them.  What is longer than the model allows is cut, where the tokenizer's `truncation_side` says: with a
-    warning the first time, and the share of such rows as the metric rewards/{name}/truncated.
+    Conversations go through the tokenizer's chat template.  Plain text gets the tokenizer's special
+    tokens, unless it brings them.  What is longer than the model allows is cut, where the
+    tokenizer's `truncation_side` says: with a warning the first time, and the share of such rows as
+    the metric rewards/{name}/truncated.
     """
 
     name: str
@@ -64,17 +58,18 @@ class ModelReward:
         config: Any = self.model.config
         if config.num_labels != 1:
             raise ValueError(
-                f"Reward model {self.name!r} has {config.num_labels} labels. A reward model gives one number: load or "
-                "make it with num_labels=1."
+                f"Reward model {self.name!r} has {config.num_labels} labels. A reward model gives one "
+                "number: load or make it with num_labels=1."
             )
-        pad_id = (
-            self.tokenizer.eos_token_id
-            if self.tokenizer.pad_token_id is None
-            else self.tokenizer.pad_token_id
-        )
+        check_vocabulary(self.name, self.model, self.tokenizer)
+
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = self.tokenizer.eos_token_id
         if not isinstance(pad_id, int):
             raise ValueError(
-                f"The tokenizer of reward model {self.name!r} has no pad and no eos token. Give it one."
+                f"The tokenizer of reward model {self.name!r} has no pad and no eos token. Give it "
+                "one."
             )
         # A causal classifier takes its score at the last token that is not the config's padding.
         self._pad_id = config.get_text_config().pad_token_id = pad_id
@@ -82,15 +77,16 @@ class ModelReward:
 
     @torch.no_grad()
     def score(self, call: "RewardCall") -> list[float]:
+        """Return a score for each completion."""
         rows = [self._encode(rollout) for rollout in call.rollouts]
         if self._max_length is not None:
             rows = [self._cut(row, i, call) for i, row in enumerate(rows)]
+
         scores = [0.0] * len(rows)
+        lengths = [len(row) for row in rows]
         self.model.eval()
         with full_parameters(self.model.parameters()):
-            for batch in batches_by_length(
-                [len(row) for row in rows], self.options.tokens_per_batch
-            ):
+            for batch in batches_by_length(lengths, self.options.tokens_per_batch):
                 logits = self._logits([rows[i] for i in batch])
                 for i, logit in zip(batch, logits.tolist(), strict=True):
                     scores[i] = logit
@@ -102,22 +98,24 @@ class ModelReward:
         return self.tokenizer(text, add_special_tokens=special, verbose=False, **cut)["input_ids"]  # pyright: ignore
 
     def _text(self, rollout: Rollout) -> tuple[str, bool]:
-        """What the model reads, and whether special tokens are still to be added."""
+        """Return what the model reads, and whether special tokens are still to be added."""
         source, completion = rollout.prompt.source, rollout.completion
         if isinstance(source, str):
             assert isinstance(completion, str)
             first = self.tokenizer.bos_token
             return source + completion, not (isinstance(first, str) and source.startswith(first))
+
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                f"Reward model {self.name!r} gets conversations, but its tokenizer has no chat template. Pass one with "
-                "a template in reward_processing_classes, or use prompts of plain text."
+                f"Reward model {self.name!r} gets conversations, but its tokenizer has no chat "
+                "template. Pass one with a template in reward_processing_classes, or use prompts of "
+                "plain text."
             )
-        conversation: Any = [*source, *completion]
-        template_kwargs = self.options.chat_template_kwargs or {}
-        return self.tokenizer.apply_chat_template(
-            conversation, tokenize=False, **template_kwargs
-        ), False  # pyright: ignore
+        assert not isinstance(completion, str)
+        conversation: Any = whole_conversation(source, completion, rollout.prompt.opened)
+        keywords = self.options.chat_template_kwargs or {}
+        text: Any = self.tokenizer.apply_chat_template(conversation, tokenize=False, **keywords)
+        return text, False
 
     def _cut(self, row: list[int], i: int, call: "RewardCall") -> list[int]:
         assert self._max_length is not None
@@ -128,14 +126,15 @@ class ModelReward:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "Reward model %r reads %d tokens at most, but a prompt with its completion has %d. Such rows are cut, "
-                "and scored for what is left; rewards/%s/truncated is their share. Lower max_completion_length.",
+                "Reward model %r reads %d tokens at most, but a prompt with its completion has %d. "
+                "Such rows are cut, and scored for what is left; rewards/%s/truncated is their "
+                "share. Lower max_completion_length.",
                 *(self.name, self._max_length, len(row), self.name),
             )
         return self._encode(call.rollouts[i], self._max_length)
 
     def _logits(self, rows: Sequence[list[int]]) -> Tensor:
-        """[b] float32 for `rows`, padded on the right."""
+        """Return [b] float32 for `rows`, padded on the right."""
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(row) for row in rows])
         input_ids = torch.full((len(rows), int(lengths.max())), self._pad_id)
@@ -148,8 +147,43 @@ class ModelReward:
         return output.logits[:, 0].float()
 
 
+def whole_conversation(
+    prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]], opened: str
+) -> list[Mapping[str, Any]]:
+    """Return the messages of prompt and completion, where the completion may go on with a message.
+
+    Args:
+        opened: What the prompt already holds of the model's turn: a prefilled beginning, or a tag
+            that the policy's template opens.
+
+    Example:
+        prompt [user, assistant "It is"], completion [assistant " 4"] -> [user, assistant "It is 4"]
+    """
+    messages, answer = list(prompt), list(completion)
+    if not answer or not isinstance(answer[0].get("content"), str):
+        return [*messages, *answer]
+
+    begun = opened
+    if messages and messages[-1].get("role") == "assistant":
+        begun = opened or str(messages[-1].get("content") or "")
+        messages.pop()
+    first = {**answer[0], "content": begun + answer[0]["content"]}
+    return [*messages, first, *answer[1:]]
+
+
+def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ValueError if the tokenizer has tokens that the model has no embedding for."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is not None and len(tokenizer) > size:
+        raise ValueError(
+            f"The tokenizer of reward model {name!r} has {len(tokenizer)} tokens, but the model has "
+            f"embeddings for {size}. Pass the tokenizer that the model was trained with."
+        )
+
+
 def load_model_reward(name: str, tokenizer: Any, options: RewardModelSettings) -> ModelReward:
-    """The reward model at the path or hub id `name`; its own tokenizer where `tokenizer` is None.
+    """Return the reward model at the path or hub id `name`; with its own tokenizer if none is given.
 
     Raises:
         ValueError: If the checkpoint holds no classifier with one label: its score would be random.
@@ -164,19 +198,20 @@ def load_model_reward(name: str, tokenizer: Any, options: RewardModelSettings) -
     untrained = sorted({*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])})
     if untrained:
         raise ValueError(
-            f"{name!r} is no reward model: it has no weights of the right shape for {', '.join(untrained[:3])}, which "
-            "would be random. A reward model is a sequence classifier with num_labels=1."
+            f"{name!r} is no reward model: it has no weights of the right shape for "
+            f"{', '.join(untrained[:3])}, which would be random. A reward model is a sequence "
+            "classifier with num_labels=1."
         )
     return model_reward(model, tokenizer, options)
 
 
 def model_reward(model: nn.Module, tokenizer: Any, options: RewardModelSettings) -> ModelReward:
-    """`model` as a source; its own tokenizer, from where the model came, where `tokenizer` is None."""
+    """Return `model` as a source; with the tokenizer from where it came if none is given."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_labels"):
         raise ValueError(
-            f"reward_funcs holds a {type(model).__name__}, which is no sequence-classification model of transformers. "
-            "Wrap another module in a function."
+            f"reward_funcs holds a {type(model).__name__}, which is not a sequence-classification model "
+            "of transformers. Wrap another module in a function."
         )
     origin = getattr(config, "_name_or_path", "") or ""
     name = origin.rstrip("/").split("/")[-1] or type(model).__name__
@@ -187,8 +222,8 @@ def model_reward(model: nn.Module, tokenizer: Any, options: RewardModelSettings)
     )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
-            f"reward_processing_classes holds {tokenizer!r} ({type(tokenizer).__name__}) for reward model {name!r}. "
-            "Pass a tokenizer."
+            f"reward_processing_classes holds {tokenizer!r} ({type(tokenizer).__name__}) for reward "
+            f"model {name!r}. Pass a tokenizer."
         )
     placed = getattr(model, "hf_device_map", None) is not None or getattr(
         model, "is_quantized", False
@@ -199,7 +234,7 @@ def model_reward(model: nn.Module, tokenizer: Any, options: RewardModelSettings)
 
 
 def max_input_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that both model and tokenizer allow; None: neither has a limit."""
+    """Return the tokens that both model and tokenizer allow; None if neither has a limit."""
     config: Any = model.config
     limits = (
         tokenizer.model_max_length,
@@ -209,7 +244,13 @@ def max_input_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> in
 
 
 def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Row indices, longest first, in batches whose rectangle holds at most `tokens_per_batch` tokens (or one row)."""
+    """Yield row indices, longest first, in batches of at most `tokens_per_batch` padded tokens.
+
+    A longer row is a batch by itself.
+
+    Example:
+        lengths [3, 8, 4], 8 tokens -> [1], then [2, 0]
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         size = max(1, tokens_per_batch // max(1, lengths[order[0]]))
@@ -220,7 +261,8 @@ def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> Iterator
 def _own_tokenizer(origin: str, name: str, options: RewardModelSettings) -> Any:
     if not origin:
         raise ValueError(
-            f"Reward model {name!r} does not say where its tokenizer is. Pass it in reward_processing_classes."
+            f"Reward model {name!r} does not say where its tokenizer is. Pass it in "
+            "reward_processing_classes."
         )
     keywords = {key: value for key, value in (options.init_kwargs or {}).items() if key in _ORIGIN}
     return AutoTokenizer.from_pretrained(

@@ -63,6 +63,9 @@ def build_sources(
         for reward, tokenizer in zip(rewards, tokenizers, strict=True)
     ]
     _refuse_unused_timeout(rewards, settings)
+    own = [id(reward) for reward in rewards if isinstance(reward, RewardSource)]
+    if len(own) != len(set(own)):
+        raise ValueError("reward_funcs holds the same RewardSource twice. Make one for each.")
 
     # Everything has been looked at by now: no model is loaded only for the next item to be refused.
     sources = [build(model_settings or RewardModelSettings()) for build in builders]

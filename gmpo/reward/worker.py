@@ -138,7 +138,8 @@ def unpack(question: Mapping[str, Any], objects: dict[str, Any]) -> None:
     prepare = getattr(loaded, "prepare", None)
     if prepare is not None:
         prepare()
-    objects.pop(question.get("instead_of"), None)
+    if question.get("instead_of") is not None:
+        objects.pop(question["instead_of"], None)
     objects[question["unpack"]] = loaded
 
 

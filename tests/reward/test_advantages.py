@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gmpo.option import check_options
 from gmpo.reward.advantages import group_advantages, reward_statistics
-from gmpo.reward.settings import RewardSettings, check_rewards
+from gmpo.reward.settings import RewardSettings
 
 NAN = math.nan
 ROOT_2 = math.sqrt(2)
@@ -195,7 +196,7 @@ def test_what_has_no_advantages_is_refused(rewards, group_size, options, message
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
 def test_weights_must_be_finite(weight):
     with pytest.raises(ValueError, match="finite"):
-        check_rewards(RewardSettings(reward_weights=[1.0, weight]))
+        check_options(RewardSettings(reward_weights=[1.0, weight]))
 
 
 # -- properties --------------------------------------------------------------------------------------------------------

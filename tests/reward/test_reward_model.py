@@ -305,3 +305,30 @@ def test_a_tokenizer_without_pad_and_end_tokens_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     assert "no pad and no eos" in refused(make_model(), tokenizer)
+
+
+def test_a_prefilled_answer_is_read_as_one_turn():
+    model = make_model()
+    source = source_of(model, make_tokenizer(pad="<pad>", template=TEMPLATE))
+    begun = rollout([user("a b"), assistant("c ")], [assistant("d")])
+    begun.prompt.opened = "c "
+    whole = logit(model, "<s> user a b </s> assistant c d </s>")
+    assert source.score(call([begun])) == [pytest.approx(whole, abs=1e-5)]
+
+
+def test_a_tag_that_the_prompt_opened_is_read_too():
+    model = make_model()
+    source = source_of(model, make_tokenizer(pad="<pad>", template=TEMPLATE))
+    begun = rollout([user("a")], [assistant("d e")])
+    begun.prompt.opened = "j "
+    whole = logit(model, "<s> user a </s> assistant j d e </s>")
+    assert source.score(call([begun])) == [pytest.approx(whole, abs=1e-5)]
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    tokenizer = make_tokenizer(pad="<pad>")
+    tokenizer.add_tokens(["k", "l"])
+    with pytest.raises(
+        ValueError, match=rf"has {len(WORDS) + 2} tokens.*embeddings for {len(WORDS)}"
+    ):
+        source_of(make_model(), tokenizer)

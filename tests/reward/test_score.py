@@ -1,6 +1,9 @@
 import asyncio
+import itertools
 import logging
+import sys
 import threading
+import time
 import traceback
 from decimal import Decimal
 from fractions import Fraction
@@ -11,6 +14,7 @@ import torch
 
 from gmpo.reward.answers import as_scores
 from gmpo.reward.score import event_loop, score
+from gmpo.reward.settings import RewardSettings
 from gmpo.reward.sources import build_sources
 from tests.reward.cases import assistant, rollout, user
 
@@ -305,3 +309,95 @@ def test_conversations_reach_functions_as_messages():
         return [1.0]
 
     same(scored(spy, [rollout([user("hi")], [assistant("ho")])]).rewards, [[1.0]])
+
+
+# -- what does not answer ------------------------------------------------------------------------------
+
+
+async def never(completions):
+    await asyncio.Event().wait()
+
+
+async def deaf(completions):
+    """Swallows its cancellation."""
+    while True:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            continue
+
+
+async def blocking(completions):
+    """Blocks the event loop, and with it every other async reward."""
+    time.sleep(4)
+    return [0.0] * len(completions)
+
+
+async def quick(completions):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [never, deaf, blocking])
+def test_an_async_reward_that_never_answers_costs_its_own_scores(function, caplog):
+    settings = RewardSettings(reward_timeout=0.5)
+    sources = build_sources([function, quick], settings=settings)
+    rollouts = [rollout("p1", "c1"), rollout("p2", "c2")]
+    result = score(sources[:1], rollouts, [{}] * 2)
+    same(result.rewards, [[NAN], [NAN]])
+    assert result.metrics == {f"rewards/{function.__name__}/lost": (2.0, 2.0)}
+    assert f"'{function.__name__}' did not score" in caplog.text
+    same(score(sources[1:], rollouts, [{}] * 2).rewards, [[1.0], [1.0]])
+
+
+def test_an_async_reward_that_never_answers_stops_the_run_at_last():
+    (source,) = build_sources(never, settings=RewardSettings(reward_timeout=0.1))
+    for _ in range(2):
+        score([source], [rollout()], [{}])
+    with pytest.raises(RuntimeError, match=r"'never' scored no completion in 3 calls in a row"):
+        score([source], [rollout()], [{}])
+
+
+def exits(completions):
+    sys.exit(7)
+
+
+async def exits_later(completions):
+    await asyncio.sleep(0)
+    sys.exit(7)
+
+
+async def a_task_exits(completions):
+    await asyncio.create_task(exits_later(completions))
+
+
+@pytest.mark.parametrize("function", [exits, exits_later, a_task_exits])
+def test_a_reward_that_exits_is_an_error_with_its_name(function):
+    with pytest.raises(RuntimeError, match=r"called sys.exit\(7\)") as caught:
+        scored(function)
+    assert any(repr(function.__name__) in note for note in caught.value.__notes__)
+    same(scored(quick).rewards, [[1.0], [1.0]])  # the event loop is still there
+
+
+def test_a_function_that_takes_long_is_named(caplog):
+    waited = threading.Event()
+
+    class Told(logging.Handler):
+        def emit(self, record):
+            waited.set()
+
+    def slow(completions):
+        assert waited.wait(30)
+        return [0.0, 0.0]
+
+    handler = Told()
+    logging.getLogger("gmpo.reward.score").addHandler(handler)
+    try:
+        scored(slow, patience_s=0.01)
+    finally:
+        logging.getLogger("gmpo.reward.score").removeHandler(handler)
+    assert "No answer for 0.01 s from: slow. Still waiting." in caplog.text
+
+
+def test_an_endless_answer_is_refused():
+    with pytest.raises(ValueError, match="scores for 2 completions"):
+        scored(lambda completions: itertools.repeat(1.0))

@@ -309,3 +309,17 @@ def test_columns_leave_out_what_rewards_get_from_the_rollout():
 def test_a_column_with_the_name_of_an_argument_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}'.*Rename"):
         columns_of([{"answer": 1}, {name: 2}])
+
+
+def test_the_same_source_twice_is_refused():
+    class Elsewhere:
+        name = "elsewhere"
+        asynchronous = False
+
+        def score(self, call):
+            return [None] * len(call.rollouts)
+
+    one = Elsewhere()
+    with pytest.raises(ValueError, match="same RewardSource twice"):
+        build_sources([one, one])
+    assert one.name == "elsewhere"
