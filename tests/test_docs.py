@@ -166,6 +166,16 @@ def test_links_to_files_lead_somewhere(page):
             assert (page.parent / link).exists(), link
 
 
+def test_every_detail_of_an_objective_names_its_function():
+    page = (ROOT / "docs" / "objectives.md").read_text("utf-8")
+    details = dict(
+        re.findall(r"^\*\*(\d+)\. (.+?)(?=^\*\*\d|^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    )
+    assert len(details) == 26
+    in_gmpo = {str(number) for number in range(2, 8)}  # the sentence before the first says so
+    assert {n for n, text in details.items() if "`gmpo." not in text} <= in_gmpo
+
+
 def test_every_page_is_in_the_menu_of_the_site():
     class Loader(yaml.SafeLoader):
         pass
