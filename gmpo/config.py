@@ -20,7 +20,7 @@ from gmpo.option import advice, check_options, option, parse_dicts
 from gmpo.policy.settings import PolicySettings
 from gmpo.report.settings import ReportSettings
 from gmpo.reward.settings import RewardSettings, check_rewards
-from gmpo.rollout.check import check_support, check_vllm_options
+from gmpo.rollout.check import check_rollout
 from gmpo.rollout.settings import RolloutSettings
 
 Config = TypeVar("Config", bound=type)
@@ -111,8 +111,7 @@ class GRPOConfig(
         self._resolve_old_names()
         check_objective(self, algorithm=self.algorithm)
         check_rewards(self)
-        check_vllm_options(self)
-        check_support(self)
+        check_rollout(self)
         check_arguments(self)
         self._check_combinations()
         super().__post_init__()

@@ -1,26 +1,38 @@
 """Settings to engine."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from transformers import PreTrainedModel
+
+from gmpo.rollout.check import engine_name
 from gmpo.rollout.engine import Engine
+from gmpo.rollout.exactness import CheckedEngine, LocalEngine
 from gmpo.rollout.generation_mode import Autocast
-from gmpo.rollout.local.checked import CheckedEngine
-from gmpo.rollout.local.hf_continuous import ContinuousEngine, generation_config
+from gmpo.rollout.local.hf_continuous import ContinuousEngine
 from gmpo.rollout.local.hf_generate import GenerateEngine
-from gmpo.rollout.local.sampler import sampling_config
 from gmpo.rollout.local.shared_prefix import SharedPrefixEngine
 from gmpo.rollout.prompts.encoder import PromptEncoder
-from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.settings import RolloutSettings
 
-Policy = Callable[[], Any]
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of."""
+
+    settings: RolloutSettings
+    policy: Callable[[], PreTrainedModel]
+    encoder: PromptEncoder
+    autocast: Autocast | None
+    seed: int
+    trust_remote_code: bool
+    float32_head: bool
 
 
 def build_engine(
     settings: RolloutSettings,
-    policy: Policy,
+    policy: Callable[[], PreTrainedModel],
     encoder: PromptEncoder,
     *,
     autocast: Autocast | None = None,
@@ -28,104 +40,128 @@ def build_engine(
     trust_remote_code: bool = False,
     float32_head: bool = False,
 ) -> Engine:
-    """The engine that the settings name.
+    """Return the engine that the settings name.
 
     Args:
-        policy: Gives the trainer's model without DDP or other wrappers, as it is now; a PEFT model is fine.
+        settings: Without combinations that `check.check_rollout` refuses.
+        policy: Gives the trainer's model without DDP or other wrappers, as it is now; a PEFT model
+            is fine.
         encoder: For the tokenizer, and the tokens that end and pad.
         autocast: Makes the context of mixed precision, if the trainer computes in it.
         seed: The run's, for an engine that draws random numbers besides those of its requests.
         trust_remote_code: Let an engine with its own model class run the model's code.
         float32_head: The trainer computes logits in float32.
-
-    Raises:
-        ValueError: An option of generation_kwargs that can't act, or generation_engine='shared_prefix' with one that
-            needs the other engine.
     """
-    if settings.use_vllm:
-        from gmpo.rollout.vllm.colocated import ColocatedEngine
-        from gmpo.rollout.vllm.llm import RunOptions
-        from gmpo.rollout.vllm.server import ServerEngine
-
-        vllm_engine = {
-            "colocate": partial(
-                ColocatedEngine, run_options=RunOptions(seed, trust_remote_code, float32_head)
-            ),
-            "server": ServerEngine,
-        }[settings.vllm_mode]
-        return vllm_engine(settings, policy, encoder.tokenizer, eos=encoder.eos, autocast=autocast)
-    sampling_config(sampling_from(settings), encoder.eos)
-    return BUILDERS[generation_engine(settings)](settings, policy, encoder, autocast)
+    parts = Parts(settings, policy, encoder, autocast, seed, trust_remote_code, float32_head)
+    return ENGINES[engine_name(settings)](parts)
 
 
-def generation_engine(settings: RolloutSettings) -> str:
-    if settings.use_transformers_continuous_batching:
-        check_alone(settings)
-        return "continuous"
-    if settings.cache_implementation is None:
-        return settings.generation_engine
-    if settings.generation_engine == "shared_prefix":
-        raise ValueError(
-            f"cache_implementation={settings.cache_implementation!r} is an option of transformers' generate, which "
-            "generation_engine='shared_prefix' does not use. Set generation_engine to 'generate', or leave out "
-            "cache_implementation."
-        )
-    return "generate"
+def automatic(parts: Parts) -> CheckedEngine:
+    """Return the fastest engine that serves the model."""
+    return checked(parts, [shared_prefix(parts), generate(parts), generate_by_length(parts)])
 
 
-def check_alone(settings: RolloutSettings) -> None:
-    """Raise a ValueError for options of the other engines beside continuous batching."""
-    for name, default in (("generation_engine", "auto"), ("cache_implementation", None)):
-        if getattr(settings, name) != default:
-            raise ValueError(
-                f"{name}={getattr(settings, name)!r} does nothing with use_transformers_continuous_batching, which is "
-                f"an engine with a cache of its own. Leave one of them out."
-            )
+def shared_prefix_only(parts: Parts) -> CheckedEngine:
+    """Return the shared-prefix engine, or an error where it does not do."""
+    remedy = "Set generation_engine to 'generate' or 'auto'."
+    return checked(parts, [shared_prefix(parts)], remedy=remedy)
 
 
-def continuous(
-    settings: RolloutSettings, policy: Policy, encoder: PromptEncoder, autocast: Autocast | None
-) -> ContinuousEngine:
-    generation_config(sampling_from(settings), encoder.eos, encoder.pad)
-    return ContinuousEngine(
-        policy,
-        eos=encoder.eos,
-        pad=encoder.pad,
-        options=settings.transformers_continuous_batching_config,  # pyright: ignore[reportArgumentType]
-        autocast=autocast,
-        gather=settings.ds3_gather_for_generation,
+def generate_only(parts: Parts) -> CheckedEngine:
+    """Return transformers' generate."""
+    return checked(parts, [generate(parts), generate_by_length(parts)])
+
+
+def continuous_only(parts: Parts) -> CheckedEngine:
+    """Return transformers' continuous batching, or an error where it does not do."""
+    remedy = "Leave use_transformers_continuous_batching off."
+    return checked(parts, [continuous(parts)], remedy=remedy)
+
+
+def checked(
+    parts: Parts, engines: list[LocalEngine], *, remedy: str | None = None
+) -> CheckedEngine:
+    """Return the first of some engines that computes what the policy computes."""
+    return CheckedEngine(
+        engines,
+        parts.policy,
+        eos=parts.encoder.eos,
+        autocast=parts.autocast,
+        gather=parts.settings.ds3_gather_for_generation,
+        remedy=remedy,
     )
 
 
-def generate(
-    settings: RolloutSettings, policy: Policy, encoder: PromptEncoder, autocast: Autocast | None
-) -> GenerateEngine:
-    return GenerateEngine(
-        policy,
-        encoder.tokenizer,
-        eos=encoder.eos,
-        pad=encoder.pad,
-        autocast=autocast,
-        cache_implementation=settings.cache_implementation,
-        gather=settings.ds3_gather_for_generation,
-    )
-
-
-def shared_prefix(
-    settings: RolloutSettings, policy: Policy, encoder: PromptEncoder, autocast: Autocast | None
-) -> SharedPrefixEngine:
+def shared_prefix(parts: Parts) -> SharedPrefixEngine:
     return SharedPrefixEngine(
-        policy,
-        encoder.tokenizer,
-        eos=encoder.eos,
-        autocast=autocast,
-        gather=settings.ds3_gather_for_generation,
+        parts.policy,
+        parts.encoder.tokenizer,
+        eos=parts.encoder.eos,
+        autocast=parts.autocast,
+        gather=parts.settings.ds3_gather_for_generation,
     )
 
 
-BUILDERS: dict[str, Callable[..., Engine]] = {
-    "auto": lambda *given: CheckedEngine(shared_prefix(*given), otherwise=generate(*given)),
-    "shared_prefix": lambda *given: CheckedEngine(shared_prefix(*given), otherwise=None),
-    "generate": generate,
-    "continuous": continuous,
+def generate(parts: Parts, *, by_length: bool = False) -> GenerateEngine:
+    return GenerateEngine(
+        parts.policy,
+        parts.encoder.tokenizer,
+        eos=parts.encoder.eos,
+        pad=parts.encoder.pad,
+        autocast=parts.autocast,
+        cache_implementation=parts.settings.cache_implementation,
+        gather=parts.settings.ds3_gather_for_generation,
+        by_length=by_length,
+    )
+
+
+generate_by_length = partial(generate, by_length=True)
+
+
+def continuous(parts: Parts) -> ContinuousEngine:
+    return ContinuousEngine(
+        parts.policy,
+        eos=parts.encoder.eos,
+        pad=parts.encoder.pad,
+        options=parts.settings.transformers_continuous_batching_config,  # pyright: ignore[reportArgumentType] (JSON strings have been read)
+        autocast=parts.autocast,
+        gather=parts.settings.ds3_gather_for_generation,
+    )
+
+
+def colocated(parts: Parts) -> Engine:
+    """Return vLLM in this process."""
+    from gmpo.rollout.vllm.colocated import ColocatedEngine
+    from gmpo.rollout.vllm.llm import RunOptions
+
+    return ColocatedEngine(
+        parts.settings,
+        parts.policy,
+        parts.encoder.tokenizer,
+        eos=parts.encoder.eos,
+        autocast=parts.autocast,
+        run_options=RunOptions(parts.seed, parts.trust_remote_code, parts.float32_head),
+    )
+
+
+def served(parts: Parts) -> Engine:
+    """Return vLLM behind servers."""
+    from gmpo.rollout.vllm.server import ServerEngine
+
+    return ServerEngine(
+        parts.settings,
+        parts.policy,
+        parts.encoder.tokenizer,
+        eos=parts.encoder.eos,
+        autocast=parts.autocast,
+    )
+
+
+ENGINES: dict[str, Callable[[Parts], Engine]] = {
+    "auto": automatic,
+    "shared_prefix": shared_prefix_only,
+    "generate": generate_only,
+    "continuous": continuous_only,
+    "colocate": colocated,
+    "server": served,
 }

@@ -1,9 +1,50 @@
-"""From settings to `Sampling`: how to sample, and how many tokens."""
+"""From settings to `Sampling`: how to sample, and how many tokens; options of generation_kwargs."""
 
 from typing import Any
 
 from gmpo.rollout.engine import Sampling
 from gmpo.rollout.settings import RolloutSettings
+
+# Options of GenerationConfig that shape or end one sampled continuation.
+SAMPLING_OPTIONS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "min_length",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "stop_strings",
+    "eos_token_id",
+)
+# Options that say how the loop of `generate` runs; they need that loop.
+LOOP_OPTIONS = (
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "use_cache",
+    "max_time",
+    "compile_config",
+    "disable_compile",
+    "prefill_chunk_size",
+    "low_memory",
+)
 
 
 def sampling_from(settings: RolloutSettings, *, greedy: bool = False) -> Sampling:

@@ -134,7 +134,9 @@ def optimizer(run: Run) -> Any:
 
 
 def engine(run: Run) -> Any:
-    return type(run.trainer.stages.engine).__name__
+    """Name of the engine that wrote."""
+    built = run.trainer.stages.engine
+    return type(getattr(built, "chosen", built)).__name__
 
 
 def loader(name: str) -> Any:

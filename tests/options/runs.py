@@ -201,6 +201,10 @@ SCENARIOS: dict[str, Scenario] = {
         }
     ),
     "dropout": Scenario(arguments=lambda _: {"model": tiny_model(attention_dropout=0.5)}),
+    "short context": Scenario(
+        {"overlong_prompts": "drop"},
+        arguments=lambda _: {"model": tiny_model(max_position_embeddings=9)},
+    ),
     "half": Scenario(arguments=lambda _: {"model": tiny_model(dtype=torch.bfloat16)}),
     "mixture": Scenario(arguments=lambda _: {"model": mixture()}),
     "drifted": Scenario(around=drifted_sampler),

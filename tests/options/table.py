@@ -146,7 +146,7 @@ ROLLOUT: dict[str, Row] = {
     "use_transformers_continuous_batching": Acts(True, o.engine, to="ContinuousEngine"),
     "transformers_continuous_batching_config": Acts(
         {"page_size": 16},
-        lambda run: run.trainer.stages.engine.options,
+        lambda run: run.trainer.stages.engine.engines[0].options,
         to={"page_size": 16},
         scenario="built",
         given={"use_transformers_continuous_batching": True},

@@ -11,9 +11,9 @@ from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from gmpo.rollout.build import build_engine
 from gmpo.rollout.engine import Request, Sampling
-from gmpo.rollout.local import shared_prefix as shared_prefix_engine
+from gmpo.rollout.exactness import CheckedEngine
+from gmpo.rollout.local import decoder
 from gmpo.rollout.local.cache import SharedPrefixCache
-from gmpo.rollout.local.checked import CheckedEngine
 from gmpo.rollout.local.decoder import packed_logits
 from gmpo.rollout.local.hf_generate import GenerateEngine
 from gmpo.rollout.local.shared_prefix import SharedPrefixEngine, unsupported_reason
@@ -393,7 +393,7 @@ def test_auto_takes_the_shared_prefix_where_it_serves_the_model():
     engine = built(tiny_model())
     assert isinstance(engine, CheckedEngine)
     engine.generate(requests_of_words(), Sampling(4))
-    assert isinstance(engine._chosen, SharedPrefixEngine)
+    assert isinstance(engine.chosen, SharedPrefixEngine)
 
 
 def requests_of_words():
@@ -416,7 +416,7 @@ def test_a_model_that_computes_something_else_over_the_shared_prefix_is_found_ou
     model = tiny_model()
 
     def spoil(module, args, kwargs, output):
-        if kwargs["input_ids"].shape[1] == 2 and kwargs.get("past_key_values") is not None:
+        if isinstance(kwargs.get("past_key_values"), SharedPrefixCache):
             output.logits = output.logits + torch.linspace(0, 1, output.logits.shape[-1])
         return output
 
@@ -424,16 +424,17 @@ def test_a_model_that_computes_something_else_over_the_shared_prefix_is_found_ou
     engine = built(model)
     with caplog.at_level(logging.WARNING, logger="gmpo"):
         engine.generate(requests_of_words(), Sampling(4))
-    assert isinstance(engine._chosen, GenerateEngine)
+    assert isinstance(engine.chosen, GenerateEngine)
     assert "deviate" in caplog.text
 
 
 def shifted_positions(monkeypatch):
     def packed(model, cache, ids, positions, **options):
-        moved = [position + (len(ids) == 2) for position in positions]
+        decoding = "keep" not in options
+        moved = [position + decoding for position in positions]
         return packed_logits(model, cache, ids, moved, **options)
 
-    monkeypatch.setattr(shared_prefix_engine, "packed_logits", packed)
+    monkeypatch.setattr(decoder, "packed_logits", packed)
 
 
 def unseen_prompt_end(monkeypatch):
@@ -471,31 +472,24 @@ def test_wrong_positions_and_masks_are_found_out_and_rounding_is_none(fault, dty
     if FAULTS[fault] is not None:
         FAULTS[fault](monkeypatch)
     model = tiny().to(dtype)
-    engine = CheckedEngine(shared(model), otherwise=generate(model))
+    engine = CheckedEngine([shared(model), generate(model)], lambda: model, eos=(EOS,))
     engine.generate(requests(24, count=1), Sampling(1))
-    assert isinstance(engine._chosen, SharedPrefixEngine if fault == "none" else GenerateEngine)
+    assert isinstance(engine.chosen, SharedPrefixEngine if fault == "none" else GenerateEngine)
 
 
 def test_shared_prefix_by_name_is_an_error_where_it_fails():
     model = MambaForCausalLM(
         MambaConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, state_size=4)
     )
-    with pytest.raises(ValueError, match=r"shared_prefix.*attention interface.*'generate'"):
+    with pytest.raises(ValueError, match=r"shared-prefix engine.*attention interface.*'generate'"):
         built(model, generation_engine="shared_prefix").generate(requests_of_words(), Sampling(4))
 
 
 def test_generate_by_name_or_by_cache_implementation():
-    assert isinstance(built(tiny_model(), generation_engine="generate"), GenerateEngine)
-    assert isinstance(built(tiny_model(), cache_implementation="static"), GenerateEngine)
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        built(tiny_model(), generation_engine="shared_prefix", cache_implementation="static")
-
-
-def test_options_that_cannot_act_are_refused_when_the_engine_is_built():
-    with pytest.raises(ValueError, match="num_beams"):
-        built(tiny_model(), generation_kwargs={"num_beams": 4})
-    with pytest.raises(ValueError, match="temprature"):
-        built(tiny_model(), generation_kwargs={"temprature": 0.5})
+    for options in ({"generation_engine": "generate"}, {"cache_implementation": "static"}):
+        engine = built(tiny_model(), **options)
+        engine.generate(requests_of_words(), Sampling(4))
+        assert isinstance(engine.chosen, GenerateEngine)
 
 
 @pytest.mark.parametrize(

@@ -1,44 +1,45 @@
-"""Completions by transformers' continuous batching: requests join and leave a running batch over a paged cache."""
+"""Completions by transformers' continuous batching: requests join and leave a running batch."""
 
-import dataclasses
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.rollout.generation_mode import Autocast, generating
+from gmpo.rollout.local.generation_options import ending_tokens
+from gmpo.rollout.local.memory import bytes_per_token, cache_bytes
 from gmpo.sharding import sharded
-from gmpo.unwrap import without_adapter
+from gmpo.unwrap import uses_prompt_learning, without_adapter
 
-SAMPLING = ("max_new_tokens", "temperature", "eos_token_id")  # what generation_kwargs may hold here
-OWN = ("return_logprobs", "seed")  # options of ContinuousBatchingConfig that this engine sets
 CPU_BATCH_TOKENS = 1024  # of one step, where the options don't say
 
 
 class ContinuousEngine:
     """Makes completions with transformers' `ContinuousBatchingManager`.
 
-    It reports the log-prob of each token, but not what top_k and the like left to draw from, so these are refused.
-    Random numbers are drawn for the whole batch: they depend on which requests meet in it.
+    It reports the log-prob of each token, but not what top_k and the like left to draw from, so
+    these are refused.  Random numbers are drawn for the whole batch: they depend on which requests
+    meet in it.
 
     Args:
         policy: Gives the trainer's model as it is now, without wrappers but PEFT's.
         eos: Tokens that end a completion.
         pad: Token that fills what is not written.
-        options: Keywords of `ContinuousBatchingConfig`.
+        options: Keywords of `ContinuousBatchingConfig`, as `check.check_continuous` allows them.
         autocast: Makes the context of mixed precision.
         gather: Make sharded parameters whole while generating.
-
-    Raises:
-        ValueError: For an unknown keyword, or one that this engine sets itself.
     """
+
+    name = "transformers' continuous batching"
 
     def __init__(
         self,
-        policy: Any,
+        policy: Callable[[], PreTrainedModel],
         *,
         eos: Sequence[int],
         pad: int,
@@ -47,48 +48,127 @@ class ContinuousEngine:
         gather: bool = True,
     ) -> None:
         self.policy, self.eos, self.pad = policy, tuple(eos), pad
-        self.options = checked_options(options or {})
+        self.options = dict(options or {})
         self.autocast, self.gather = autocast, gather
 
+    def unsupported_reason(self, sampling: Sampling) -> str | None:
+        """Return why the model or the options can't be served; None if they can, as far as seen."""
+        policy = self.policy()
+        if uses_prompt_learning(policy):
+            return "the adapter learns virtual prompt tokens, which the base model would not see"
+        if not self.gather and sharded(policy):
+            return (
+                "it runs in another thread, which can't keep step with other ranks, and "
+                "ds3_gather_for_generation is False"
+            )
+        return None
+
     def publish(self, version: int) -> None:
-        """Nothing to do: the module is the trainer's own."""
+        """Do nothing: the module is the trainer's own."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Every rank must call where the policy is sharded, be it with nothing to do."""
-        config = generation_config(sampling, self.eos, self.pad)
+        """Write completions.
+
+        Every rank must call where the policy is sharded, even with nothing to do.
+        """
         policy = self.policy()
-        if not self.gather and sharded(policy):
-            raise ValueError(
-                "use_transformers_continuous_batching runs in a thread of its own, which can't keep step with other "
-                "ranks. Leave ds3_gather_for_generation at True, or turn continuous batching off."
-            )
+        config = generation_config(sampling, self.eos, self.pad)
         prompts = [request.prompt.ids for request in requests for _ in range(request.count)]
         seed = hash(tuple((request.seed, request.first) for request in requests)) % 2**31
         model = without_adapter(policy)
+
         with (
             torch.random.fork_rng(),
             generating(policy, autocast=self.autocast, gather=self.gather),
+            autocast_inside(model, self.autocast),
         ):
             if not requests:
                 return []
             torch.manual_seed(seed)
-            options = sized(self.options, prompts, config.max_new_tokens or 1, model.device)
+            options = self._sized(model, prompts, config.max_new_tokens or 1)
             batching = ContinuousBatchingConfig(**options, return_logprobs=True, seed=seed)
             outputs = iter(run_to_end(model, prompts, config, batching))
+
         return [
             [self._completion(next(outputs), config) for _ in range(request.count)]
             for request in requests
         ]
 
+    def _sized(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> dict[str, Any]:
+        """Return the options with the size of the cache, where they leave it open.
+
+        Left to itself, transformers would take most of the memory of a machine without a GPU.
+        """
+        if "num_blocks" in self.options or "max_memory_percent" in self.options:
+            return self.options
+        if model.device.type != "cpu":
+            return {"max_memory_percent": 0.5, **self.options}
+
+        room = cache_bytes(model.device) // bytes_per_token(model)
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        page = self.options.get("page_size", ContinuousBatchingConfig().page_size)
+        blocks = num_blocks(lengths, page_size=page, room=room)
+        return {"max_batch_tokens": CPU_BATCH_TOKENS, **self.options, "num_blocks": blocks}
+
     def _completion(self, output: Any, config: GenerationConfig) -> Completion:
         ids = list(output.generated_tokens)
-        ended = bool(ids) and ids[-1] in config.eos_token_id  # pyright: ignore[reportOperatorIssue]
+        ends: Any = config.eos_token_id  # a list, by `generation_config`
+        ended = bool(ids) and ids[-1] in ends
         return Completion(
             ids=ids, finish_reason="stop" if ended else "length", logps=list(output.logprobs)
         )
+
+
+@contextmanager
+def autocast_inside(model: PreTrainedModel, autocast: Autocast | None) -> Iterator[None]:
+    """Within the block, forward passes of `model` are in mixed precision in every thread.
+
+    The manager computes in its own thread, which contexts of this one don't reach.
+    """
+    if autocast is None:
+        yield
+        return
+
+    entered: list[Any] = []
+
+    def enter(module: torch.nn.Module, args: Any) -> None:
+        entered.append(autocast())
+        entered[-1].__enter__()
+
+    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    hooks = [
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True),
+    ]
+    # A patched method: the cache has the weights' precision and takes no other, while autocast makes
+    # keys of one and values of the other.
+    update = PagedAttentionCache.update
+    PagedAttentionCache.update = cast_update(update)  # pyright: ignore[reportAttributeAccessIssue] (see above)
+    try:
+        yield
+    finally:
+        PagedAttentionCache.update = update
+        for hook in hooks:
+            hook.remove()
+
+
+def cast_update(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """Return a cache's `update` that takes keys and values of any precision."""
+
+    def cast(
+        cache: PagedAttentionCache, key_states: Tensor, value_states: Tensor, **where: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = key_states.to(cache.dtype), value_states.to(cache.dtype)
+        return update(cache, key_states=keys, value_states=values, **where)
+
+    return cast
 
 
 def run_to_end(
@@ -97,7 +177,7 @@ def run_to_end(
     config: GenerationConfig,
     batching: ContinuousBatchingConfig,
 ) -> list[Any]:
-    """What became of each prompt, in order.
+    """Return transformers' output for each prompt, in order.
 
     All prompts are there before the first step, so that the same call makes the same batches.
 
@@ -109,13 +189,15 @@ def run_to_end(
     )
     names = manager.add_requests(prompts, max_new_tokens=config.max_new_tokens)
     manager.start()
+
     results: dict[str, Any] = {}
     try:
         while len(results) < len(names):
             output = manager.get_result(timeout=1)
             if output is None and not manager.is_running():
                 raise RuntimeError(
-                    f"Continuous batching stopped with {len(results)} of {len(names)} completions."
+                    f"Continuous batching stopped with {len(results)} of {len(names)} completions. "
+                    "The log of transformers has the reason."
                 )
             if output is not None and output.is_finished():
                 if output.error is not None:
@@ -127,63 +209,30 @@ def run_to_end(
     return [results[name] for name in names]
 
 
-def sized(
-    options: dict[str, Any],
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """`options` with the size of the cache, where they leave it open: half of a GPU's memory, or what is needed.
+def num_blocks(lengths: Sequence[int], *, page_size: int, room: int) -> int:
+    """Return the blocks of a cache for all sequences at once, or as many as there is room for.
 
-    Left to itself, transformers would take most of the memory of a machine without a GPU.
+    One sequence always fits; the others wait for its blocks.
+
+    Args:
+        lengths: Tokens of each sequence, prompt and completion.
+        room: Tokens that the memory holds.
+
+    Example:
+        lengths [9, 5] in pages of 4: 3 + 1 and 2 + 1 blocks -> 7; with room for 20 tokens -> 5.
     """
-    if "num_blocks" in options or "max_memory_percent" in options:
-        return options
-    if device.type != "cpu":
-        return {"max_memory_percent": 0.5, **options}
-    page = options.get("page_size", ContinuousBatchingConfig().page_size)
-    blocks = sum(-(-(len(prompt) + max_new_tokens) // page) + 1 for prompt in prompts)
-    return {"max_batch_tokens": CPU_BATCH_TOKENS, **options, "num_blocks": blocks}
+    needed = [-(-length // page_size) + 1 for length in lengths]
+    return max(max(needed), min(sum(needed), room // page_size))
 
 
 def generation_config(sampling: Sampling, eos: Sequence[int], pad: int) -> GenerationConfig:
-    """The sampling options that continuous batching shares with the trainer's own log-probs.
-
-    Raises:
-        ValueError: For an option that cuts or bends the distribution, or that this engine does not know.
-    """
-    plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    changed = {
-        name: getattr(sampling, name)
-        for name, value in plain.items()
-        if getattr(sampling, name) != value
-    }
-    changed |= {name: value for name, value in sampling.extra.items() if name not in SAMPLING}
-    for name, value in changed.items():
-        raise ValueError(
-            f"{name}={value!r} does not go with use_transformers_continuous_batching, which does not report what it "
-            "left to sample from, so that ratios would be off. Leave it out, or turn continuous batching off."
-        )
-    more = sampling.extra.get("eos_token_id") or []
+    """Return the sampling options that continuous batching shares with the trainer's log-probs."""
     temperature = sampling.extra.get("temperature", sampling.temperature)
     return GenerationConfig(
         max_new_tokens=sampling.extra.get("max_new_tokens", sampling.max_new_tokens),
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
         top_k=0,
-        eos_token_id=[*eos, *(more if isinstance(more, list | tuple) else [more])],
+        eos_token_id=ending_tokens(eos, sampling.extra.get("eos_token_id")),
         pad_token_id=pad,
     )
-
-
-def checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, if `ContinuousBatchingConfig` has them and this engine leaves them open."""
-    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)} - {*OWN}
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"transformers_continuous_batching_config has {name!r}, which can't be set.{hint}"
-            )
-    return dict(options)

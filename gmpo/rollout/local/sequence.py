@@ -1,4 +1,4 @@
-"""A completion that is being written: its tokens, its random numbers, and what ends it."""
+"""A completion that is being written: its tokens, its random numbers, and its end."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,17 +21,28 @@ class GrowingSequence:
     uniforms: Iterator[float]  # one in [0, 1) per token
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    supports: list[TokenList | None] = field(
-        default_factory=list
-    )  # what each token was drawn from; None: all
-    finish_reason: Literal["stop", "length"] | None = None  # None: not finished
+    # What each token was drawn from; None is all tokens.
+    supports: list[TokenList | None] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None  # None while it grows
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion."""
+        """Return the number of tokens of prompt and completion."""
         return len(self.request.prompt.ids) + len(self.ids)
 
+    def tokens_from(self, start: int) -> list[int]:
+        """Return the tokens of prompt and completion from number `start` on.
+
+        Example:
+            Of prompt [5, 6] and completion [7, 8], from 1: [6, 7, 8]; from 3: [8].
+        """
+        prompt = self.request.prompt.ids
+        if start >= len(prompt):
+            return self.ids[start - len(prompt) :]
+        return prompt[start:] + self.ids
+
     def completion(self) -> Completion:
+        """Return what was written so far."""
         return Completion(
             ids=self.ids,
             finish_reason=self.finish_reason or "length",
@@ -41,15 +52,16 @@ class GrowingSequence:
 
 
 def new_sequences(request: Request) -> list[GrowingSequence]:
-    """The `count` empty samples of a request, each with its own random numbers."""
+    """Return the `count` empty samples of a request, each with its own random numbers."""
     numbers = range(request.first, request.first + request.count)
     return [GrowingSequence(request, uniforms(request.seed, number)) for number in numbers]
 
 
 def uniforms(seed: int, number: int) -> Iterator[float]:
-    """The random numbers of sample `number` of a request: a function of (seed, number) alone, on every device.
+    """Yield the random numbers of sample `number` of a request, in [0, 1).
 
-    They come from a CPU generator of their own in float64, so neither the global generator nor the batch plays a part.
+    They are a function of (seed, number) only, on every device: they come from their own generator
+    on the CPU, so that neither the global generator nor the batch plays a part.
     """
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -85,7 +97,7 @@ class StopCriteria:
     def add(
         self, sequence: GrowingSequence, token: int, logp: float, support: TokenList | None = None
     ) -> None:
-        """Append a token, and say so in the draft if that finishes it."""
+        """Append a token, and note the reason if that finishes the sequence."""
         sequence.ids.append(token)
         sequence.logps.append(logp)
         sequence.supports.append(support)

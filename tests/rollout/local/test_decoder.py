@@ -11,14 +11,17 @@ from tests.rollout.cases import requests, shared, tiny, tokens
 
 @pytest.fixture
 def passes():
-    """Record the tokens of every forward pass, [N] per pass."""
+    """Record the tokens of every forward pass of the decoder, [N] per pass."""
 
     def record(model):
         seen = []
-        model.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()),
-            with_kwargs=True,
-        )
+
+        def look(module, args, kwargs):
+            ids = kwargs["input_ids"][0].tolist()
+            if ids != [0]:  # of the pass that measures a token
+                seen.append(ids)
+
+        model.register_forward_pre_hook(look, with_kwargs=True)
         return seen
 
     return record

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from gmpo.rollout.engine import Sampling
-from gmpo.rollout.local.hf_continuous import ContinuousEngine, sized
+from gmpo.rollout.local.hf_continuous import ContinuousEngine, num_blocks
 from tests.rollout.cases import EOS, VOCABULARY, full_logps, requests, tiny
 
 
@@ -12,12 +13,18 @@ def engine(model, **options):
     return ContinuousEngine(lambda: model, eos=(EOS,), pad=0, options={"page_size": 16, **options})
 
 
-def test_on_a_cpu_the_cache_is_no_larger_than_the_completions_need():
-    # 10 + 30 tokens are 3 pages of 16, and one to spare; 40 + 30 are 5, and one
-    options = sized({"page_size": 16}, [[0] * 10, [0] * 40], 30, torch.device("cpu"))
-    assert options["num_blocks"] == 4 + 6
-    assert sized({}, [[0]], 1, torch.device("cuda"))["max_memory_percent"] == 0.5
-    assert sized({"num_blocks": 7}, [[0]], 1, torch.device("cpu")) == {"num_blocks": 7}
+def test_on_a_cpu_the_cache_is_no_larger_than_needed_or_held():
+    # 10 + 30 tokens are 3 pages of 16, and one to spare; 40 + 30 are 5, and one.
+    assert num_blocks([40, 70], page_size=16, room=1000) == 4 + 6
+    assert num_blocks([40, 70], page_size=16, room=128) == 8
+    assert num_blocks([40, 70], page_size=16, room=0) == 6  # the longest always fits
+
+
+def test_a_size_that_is_given_stays():
+    model = tiny()
+    given = engine(model, num_blocks=7)._sized(model, [[0] * 10], 30)
+    assert given == {"page_size": 16, "num_blocks": 7}
+    assert engine(model)._sized(model, [[0] * 10], 30)["num_blocks"] == 4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -76,18 +83,24 @@ def test_greedy_is_the_most_probable_token_and_the_model_is_left_as_it_was():
         ids = [*ids, token]
 
 
-@pytest.mark.parametrize(
-    "option", [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"repetition_penalty": 1.2}]
-)
-def test_what_cuts_or_bends_the_distribution_is_refused(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}=.*continuous batching off"):
-        engine(tiny()).generate(requests(3), Sampling(max_new_tokens=2, **option))
+def test_mixed_precision_reaches_the_managers_thread():
+    model, seen = tiny(), []
+
+    def look(module, args, output):
+        seen.append((torch.is_autocast_enabled("cpu"), output.dtype))
+
+    model.model.layers[0].mlp.register_forward_hook(look)
+    made = ContinuousEngine(
+        lambda: model, eos=(EOS,), pad=0, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
+    )
+    made.generate(requests(3, count=1), Sampling(max_new_tokens=3))
+    assert set(seen) == {(True, torch.bfloat16)}
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not torch.is_autocast_enabled("cpu")
 
 
-def test_what_it_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="stop_strings="):
-        engine(tiny()).generate(
-            requests(3), Sampling(max_new_tokens=2, extra={"stop_strings": ["a"]})
-        )
-    with pytest.raises(ValueError, match=r"'page_sise'.*'page_size'"):
-        ContinuousEngine(tiny, eos=(EOS,), pad=0, options={"page_sise": 16})
+def test_virtual_prompt_tokens_are_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(tiny(), config)
+    assert "virtual prompt tokens" in engine(model).unsupported_reason(Sampling(4))
+    assert engine(tiny()).unsupported_reason(Sampling(4)) is None

@@ -5,13 +5,19 @@ import math
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation import logits_process
 
 from gmpo.rollout.engine import Request, Sampling
-from gmpo.rollout.local.sampler import Sampler, invert, sampling_config
+from gmpo.rollout.local.cuts import Cuts, cut
+from gmpo.rollout.local.draw import invert
+from gmpo.rollout.local.generation_options import sampling_config
+from gmpo.rollout.local.sampler import Sampler
 from gmpo.rollout.local.sequence import new_sequences
 from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.settings import RolloutSettings
-from tests.rollout.cases import EOS, VOCABULARY, prompts, shared, tiny, tokens
+from gmpo.token_sets import TokenSets
+from gmpo.types import Prompt
+from tests.rollout.cases import ENGINES, EOS, VOCABULARY, prompts, shared, tiny, tokens
 
 # 1e-4 quantile from above of the chi-square distribution, by Wilson and Hilferty's cube root approximation.
 CRITICAL = {
@@ -152,8 +158,121 @@ def test_settings_become_sampling():
     assert sampling_from(settings, greedy=True).temperature == 0.0
 
 
-def test_unknown_options_are_refused_by_name():
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_penalty_of_rows_that_come_and_go_is_transformers(penalty):
+    """The seen tokens are kept from step to step, for rows in any company and order."""
+    pair = prompts(3, 9, 5)
+    config = sampling_config(Sampling(4, repetition_penalty=penalty), (EOS,))
+    sampler = Sampler(tiny(), config, device=torch.device("cpu"))
+    rows = [new_sequences(Request(prompt, 1, 0))[0] for prompt in pair]
+    processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
+    generator = torch.Generator().manual_seed(0)
+    for present in ([0, 1], [1, 0], [0, 1, 2], [2], [2, 0]):
+        logits = torch.randn(len(present), VOCABULARY, generator=generator)
+        got = sampler._processed(logits, [rows[number] for number in present])
+        for place, number in enumerate(present):
+            ids = torch.tensor([rows[number].tokens_from(0)])
+            expected = processor(ids, logits[place : place + 1].clone())
+            torch.testing.assert_close(got[place], expected[0])
+            rows[number].ids.append(int(torch.randint(VOCABULARY, (1,), generator=generator)))
+
+
+# -- cuts ---------------------------------------------------------------------------------------------------------------
+
+CUTS = [
+    Cuts(top_k=7),
+    Cuts(top_k=100_000),
+    Cuts(top_p=0.9),
+    Cuts(top_p=0.999),
+    Cuts(min_p=0.05),
+    Cuts(top_k=50, top_p=0.8),
+    Cuts(top_p=0.95, min_p=0.01),
+    Cuts(top_k=50, top_p=0.9, min_p=0.1),
+]
+
+
+def by_transformers(scores: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """[R, V] scores after transformers' warpers."""
+    nothing = torch.empty(len(scores), 0, dtype=torch.int64)
+    if cuts.top_k:
+        scores = logits_process.TopKLogitsWarper(cuts.top_k)(nothing, scores)
+    if cuts.top_p < 1:
+        scores = logits_process.TopPLogitsWarper(cuts.top_p)(nothing, scores)
+    if cuts.min_p:
+        scores = logits_process.MinPLogitsWarper(cuts.min_p)(nothing, scores)
+    return scores
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+def test_cuts_leave_the_sets_and_scores_of_transformers(cuts, spread):
+    # Rows from nearly flat to nearly certain, one with tokens that are masked already.
+    generator = torch.Generator().manual_seed(0)
+    scores = (spread * torch.randn(6, 5000, generator=generator)).double().float()
+    scores[1] *= 3
+    scores[2, ::2] = -torch.inf
+    expected = by_transformers(scores, cuts)
+
+    columns = cut(scores, cuts)
+    got = torch.full_like(scores, -torch.inf)
+    for row in range(len(scores)):
+        kept = columns.scores[row] > -torch.inf
+        got[row, columns.ids[row, kept]] = columns.scores[row, kept]
+
+    # transformers adds up in float32: a token at the very edge of the nucleus may fall either side.
+    differs = (got != expected).sum(-1)
+    allowed = (
+        0 if cuts.top_p == 1.0 else max(1, int(1e-3 * float((expected > -torch.inf).sum(-1).max())))
+    )
+    assert int(differs.max()) <= allowed
+
+
+def test_the_nucleus_by_hand():
+    # 0.6 is enough for 0.59; 0.6 + 0.25 for 0.8; 0.1 besides for 0.86.
+    scores = torch.tensor([[0.1, 0.6, 0.05, 0.25]]).log()
+    for top_p, expected in ((0.8, [1, 3]), (0.59, [1]), (0.86, [0, 1, 3])):
+        columns = cut(scores, Cuts(top_p=top_p))
+        assert columns.ids[columns.scores > -torch.inf].tolist() == expected
+
+
+def test_scores_that_equal_the_last_of_top_k_stay_as_in_transformers():
+    scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    assert cut(scores, Cuts(top_k=2)).ids.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("cuts", [Cuts(top_p=0.9), Cuts(top_k=3), Cuts(top_k=5000, min_p=1e-9)])
+def test_lists_of_what_is_left_name_the_members_or_the_others(cuts):
+    scores = torch.linspace(0, 3, 64)[None]
+    kept = cut(scores, cuts)
+    (found,) = kept.token_lists(64)
+    expected = by_transformers(scores, cuts)[0] > -torch.inf
+    if found is None:
+        assert expected.all()
+    else:
+        sets = TokenSets.of([found])
+        assert torch.equal(sets.members(64)[0], expected)
+        assert len(found[0]) <= 32
+
+
+# -- logits that leave nothing to draw -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.keys())
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"repetition_penalty": 1.3}])
+def test_logits_of_nan_stop_and_name_their_prompts(make, options):
+    model = tiny()
+    model.lm_head.weight.data.fill_(torch.nan)
+    asked = [Request(Prompt([5, 6], "the prompt that did it"), 2, 0)]
     with pytest.raises(
-        ValueError, match="generation_kwargs has num_beams, temprature, which can't act"
+        FloatingPointError, match=r"2 of 2 completions.*NaN.*the prompt that did it"
     ):
-        sampling_config(Sampling(4, extra={"temprature": 1.0, "num_beams": 2}), (EOS,))
+        make(model).generate(asked, Sampling(3, **options))
+
+
+@pytest.mark.parametrize("support", ["sampled", "full"])
+def test_a_mask_of_all_tokens_stops(support):
+    sampling = Sampling(
+        3, extra={"suppress_tokens": list(range(VOCABULARY))}, logps_support=support
+    )
+    with pytest.raises(FloatingPointError, match="masks every token"):
+        shared(tiny()).generate([Request(prompts(4)[0], 1, 0)], sampling)
