@@ -286,7 +286,7 @@ class Learner:
         if not chunks:
             fill_missing_gradients(model)
         if inputs.mode is not None:
-            self._count(model, inputs, len(rows), statistics if counted else Statistics())
+            self.count(model, inputs, len(rows), statistics if counted else Statistics())
         return total
 
     def _rows_with_gradient(self, model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
@@ -303,10 +303,18 @@ class Learner:
         others_wait = distributed.world_size() > 1 or self.in_step
         return (rows, True) if len(rows) or not others_wait else (everything[:1], False)
 
-    def _count(
+    def count(
         self, model: nn.Module, inputs: MicroBatch, num_rows: int, statistics: Statistics
     ) -> None:
-        """Add what was seen in a micro-batch to the step's figures and to the bonus's controller."""
+        """Add what was seen in a micro-batch to the step's figures and to the bonus's controller.
+
+        Args:
+            num_rows: Rows that went through the model.
+        """
+        if inputs.mode == "eval":
+            self.metrics.add(statistics, mode="eval")
+            return
+
         num_of_batch = len(inputs.batch)
         if self.skips_silent_rows(model):
             statistics.means["signal/rows"] = (float(num_rows), float(num_of_batch))

@@ -39,6 +39,7 @@ from gmpo.data.loaders import evaluation_loader, kept_columns, training_loader
 from gmpo.data.micro_batches import mixed_seed
 from gmpo.data.resample import ReplacementPrompts
 from gmpo.data.sampler import Rows, as_rows
+from gmpo.hooks import refuse_unused_methods
 from gmpo.learn import MicroBatch
 from gmpo.policy.load import check_path, load_policy
 from gmpo.policy.reference import make_reference
@@ -51,6 +52,7 @@ from gmpo.reward.sources import build_sources
 from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.run_folder import refuse_folder_of_model
 from gmpo.stages import BetweenSteps, Stages
+from gmpo.types import Statistics
 from gmpo.unwrap import is_adapted
 
 
@@ -75,6 +77,9 @@ class GRPOTrainer(ResumableTrainer):
         compute_metrics: Gets the completions of an evaluation set (token ids, -100 on padding) as
             `predictions` and their rewards [N, F] as `label_ids`, and returns figures to log.
 
+    A subclass may override the methods that `gmpo.hooks.HOOKS` lists, `compute_loss` among them.
+    Methods that other trainers call and gmpo does not are refused when the class is defined.
+
     Raises:
         ValueError, TypeError: For arguments that can't work, before any weight is loaded where it
             can be known.
@@ -84,6 +89,10 @@ class GRPOTrainer(ResumableTrainer):
     algorithm_name = "GRPO"
     _tag_names = ("gmpo", "grpo")
     loss_is_scaled_for_ga = True  # denominators are those of the whole optimizer batch already
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        refuse_unused_methods(cls, GRPOTrainer)
 
     @known_arguments_only
     def __init__(
@@ -159,7 +168,7 @@ class GRPOTrainer(ResumableTrainer):
     def _build_stages(self) -> None:
         replacements = None
         if self.args.zero_signal_groups == "resample":
-            replacements = ReplacementPrompts(self._training_rows())
+            replacements = ReplacementPrompts(self._kept(self.train_dataset))
 
         self.stages = Stages(
             self.args,
@@ -196,18 +205,16 @@ class GRPOTrainer(ResumableTrainer):
 
     # -- data ------------------------------------------------------------------------------------
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt", "image", "images"]
-
-    def _training_rows(self) -> Any:
-        return kept_columns(self.train_dataset, remove_unused=bool(self.args.remove_unused_columns))
+    def _kept(self, dataset: Any) -> Any:
+        """Return a dataset with the columns that the options leave it."""
+        return kept_columns(dataset, remove_unused=bool(self.args.remove_unused_columns))
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader of this rank's share of each collection, once per micro-step."""
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset. Pass one to the trainer.")
         loader, self.stages.epoch_listener = training_loader(
-            self._training_rows(),
+            self._kept(self.train_dataset),
             self.collection_size,
             self.args,
             shuffle=bool(self.args.shuffle_dataset),
@@ -227,11 +234,15 @@ class GRPOTrainer(ResumableTrainer):
                 "Evaluation needs an eval_dataset. Pass one to the trainer or to evaluate()."
             )
         return evaluation_loader(
-            dataset,
+            self._kept(dataset),
             group_size=self.args.eval_group_size,
             rows_per_rank=self.args.per_device_eval_batch_size,
             args=self.args,
         )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return a loader of every prompt of `test_dataset`, as of an evaluation set."""
+        return self.get_eval_dataloader(test_dataset)
 
     # -- one optimizer step ----------------------------------------------------------------------
 
@@ -262,7 +273,12 @@ class GRPOTrainer(ResumableTrainer):
             prepare()
 
         with self.stages.stopwatch.timed("learn"):
-            total = self.stages.learner.add_gradient(model, inputs, progress=self._progress())
+            if self._loss_is_overridden:
+                total = self.compute_loss(model, inputs) * distributed.world_size()
+                self._backward(total)
+                total = total.detach()
+            else:
+                total = self.stages.learner.add_gradient(model, inputs, progress=self._progress())
             num_tokens = int(inputs.batch.num_completion_tokens.sum())
             self.stages.stopwatch.count_tokens("learn", num_tokens)
 
@@ -286,19 +302,28 @@ class GRPOTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Return the differentiable share of `inputs` in the loss of its optimizer batch, a scalar."""
+        """Return the differentiable share of `inputs` in the loss of its optimizer batch, a scalar.
+
+        Shares add up over micro-batches and ranks: `inputs.denominators` counts the optimizer
+        batch.  An override is called once per micro-batch, in training and in evaluation, and may
+        add to `super().compute_loss(model, inputs)`; then a micro-batch goes through the model as
+        a whole, and not in chunks.
+        """
         if return_outputs:
             raise ValueError(
                 "gmpo's loss has no model outputs to return: call compute_loss with "
                 "return_outputs=False."
             )
-        inputs, select = self.stages.learner.with_selection(model, inputs)
-        loss, statistics = self.stages.learner.loss(
-            model, inputs, select, progress=self._progress()
-        )
+        learner = self.stages.learner
+        inputs, select = learner.with_selection(model, inputs)
+        loss, statistics = learner.loss(model, inputs, select, progress=self._progress())
         if inputs.mode is not None:
-            self.stages.metrics.add(statistics, mode=inputs.mode)
+            learner.count(model, inputs, len(inputs.batch), statistics)
         return loss
+
+    @property
+    def _loss_is_overridden(self) -> bool:
+        return type(self).compute_loss is not GRPOTrainer.compute_loss
 
     def _progress(self) -> float:
         """Return the share of the training that is done, in [0, 1]."""
@@ -329,8 +354,8 @@ class GRPOTrainer(ResumableTrainer):
         """Generate and score one evaluation batch, whose loss is an exact mean over rows in the metrics.
 
         Returns:
-            The loss of the batch; and, if there is a `compute_metrics` to get them, completion ids
-            [n, T] (-100 on padding) as predictions and rewards [n, F] as labels.
+            The loss of the batch; and, unless only that is wanted, completion ids [n, T] (-100 on
+            padding) as predictions and rewards [n, F] as labels.
         """
         collection = self.stages.collector.collect(
             inputs,
@@ -343,19 +368,32 @@ class GRPOTrainer(ResumableTrainer):
         batch = collection.batch.to(self.args.device)
         self.stages.optimizer_batches.add_reference(model, batch)
         (denominators,) = self.stages.optimizer_batches.denominators([batch])
-        total, seen = self.stages.learner.value(
-            model, MicroBatch(batch, denominators), progress=self._progress()
-        )
-        seen.means["loss"] = (float(total) * denominators.rows, float(len(batch)))
-        self.stages.metrics.add(seen, mode="eval")
+        total = self._evaluation_loss(model, MicroBatch(batch, denominators, mode="eval"))
         loss = total.to(self.args.device)
-        if prediction_loss_only or self.compute_metrics is None:
+        if prediction_loss_only:
             return loss, None, None
 
         # The Trainer looks for the prompts among the inputs, under the model's name for them.
         inputs.encoded[self.unwrapped_policy().main_input_name] = collection.prompts_for_metrics()
         predictions = collection.predictions_for_metrics().to(self.args.device)
         return loss, predictions, collection.scored.rewards.to(self.args.device, torch.float32)
+
+    @torch.no_grad()
+    def _evaluation_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        """Return the loss of an evaluation batch, a scalar, and count it for the log."""
+        seen = Statistics()
+        if not self._loss_is_overridden:
+            learner = self.stages.learner
+            total, seen = learner.value(model, inputs, progress=self._progress())
+        elif len(inputs.batch):
+            total = self.compute_loss(model, inputs)
+        else:  # another rank has the last rows
+            total = torch.zeros(())
+
+        rows = float(len(inputs.batch))
+        seen.means["loss"] = (float(total) * inputs.denominators.rows, rows)
+        self.stages.metrics.add(seen, mode="eval")
+        return total
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Run the Trainer's loop, and put our metrics among its own for `metric_for_best_model`."""

@@ -19,6 +19,7 @@ FLOORS = {
     "sharding": 1,
     "unwrap": 1,
     "model_name": 1,
+    "hooks": 1,
     "checkpoint": 1,
     "run_folder": 1,
     "signals": 1,

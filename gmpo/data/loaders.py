@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from gmpo.data.sampler import (
@@ -14,7 +14,7 @@ from gmpo.data.sampler import (
     as_rows,
 )
 
-PROMPT_COLUMNS = ("prompt", "image", "images")  # that gmpo itself reads
+PROMPT_COLUMNS = ("prompt", "chat_template_kwargs")  # that gmpo itself reads
 
 
 class EpochListener(Protocol):
@@ -25,11 +25,33 @@ class EpochListener(Protocol):
         ...
 
 
+class PromptRows(Dataset):
+    """A map-style dataset whose rows have only the columns that gmpo itself reads."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.dataset[index]
+        return {name: row[name] for name in PROMPT_COLUMNS if name in row}
+
+
 def kept_columns(dataset: Any, *, remove_unused: bool) -> Any:
     """Return `dataset` without the columns that gmpo does not read, if those are unwanted."""
     if dataset is None or not remove_unused:
         return dataset
-    return dataset.select_columns([c for c in PROMPT_COLUMNS if c in dataset.column_names])
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and hasattr(dataset, "select_columns"):
+        return dataset.select_columns([name for name in PROMPT_COLUMNS if name in columns])
+    if hasattr(dataset, "__len__"):
+        return PromptRows(dataset)
+    raise ValueError(
+        f"remove_unused_columns=True can't take columns from a {type(dataset).__name__}, whose "
+        "columns are not known. Leave it at False, or use a datasets.IterableDataset with features."
+    )
 
 
 def training_loader(
@@ -75,7 +97,7 @@ def training_loader(
 def evaluation_loader(
     dataset: Any, *, group_size: int, rows_per_rank: int, args: TrainingArguments
 ) -> DataLoader:
-    """Return a loader of every prompt once, `group_size` times in a row, for this rank.
+    """Return a loader of every prompt of the dataset, `group_size` times in a row, for this rank.
 
     Args:
         dataset: Map-style, or iterable (then it is read into memory).
@@ -105,5 +127,5 @@ def _worker_options(args: TrainingArguments) -> dict[str, Any]:
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
         "multiprocessing_context": args.dataloader_multiprocessing_context,
-        "pin_memory": False,  # rows hold no tensors
+        "pin_memory": args.dataloader_pin_memory,
     }
