@@ -15,7 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from gmpo.data.settings import DataSettings, Resolved, given_size
 from gmpo.inherited_options import check_arguments, check_device, check_inherited
 from gmpo.objective.check import check_objective
-from gmpo.objective.settings import ObjectiveSettings
+from gmpo.objective.settings import CORRECTION_MODES, ObjectiveSettings
 from gmpo.option import advice, check_options, option, parse_dicts
 from gmpo.policy.settings import PolicySettings
 from gmpo.report.settings import ReportSettings
@@ -334,6 +334,15 @@ class GMPOConfig(GRPOConfig):
         low=0.0,
         low_open=True,
         infinite=True,
+    )
+    vllm_importance_sampling_mode: str = option(
+        "geometric_mask",
+        "Level (token, sequence, geometric mean) at which the ratio of trainer to sampler is taken, "
+        "and whether it is clamped ('truncate') or dropped ('mask') outside its bounds. GMPO's own "
+        "ratio is a geometric mean, and so is its correction: a product over a long completion "
+        "would multiply the rounding noise of all its tokens ('sequence_mask', GRPOConfig's "
+        "default, drops rows for it).",
+        choices=CORRECTION_MODES,
     )
 
     algorithm = "gmpo"

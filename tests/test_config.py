@@ -37,8 +37,10 @@ def make(tmp_path):
     return lambda **options: GMPOConfig(str(tmp_path / "out"), **options)
 
 
-# Declared with the value that the Trainer puts in the place of None.
-DECLARED = {"output_dir": "'trainer_output'"}
+DECLARED = {
+    "output_dir": "'trainer_output'",  # the Trainer puts it in the place of None
+    "vllm_importance_sampling_mode": "'geometric_mask'",  # as GMPO's own ratio
+}
 
 
 @pytest.mark.parametrize("entry", DOCUMENTED, ids=lambda entry: entry["name"])

@@ -5,6 +5,8 @@ from math import exp
 import pytest
 import torch
 
+from gmpo.config import GMPOConfig, GRPOConfig
+from gmpo.objective.correction import correction_from
 from tests.objective.cases import equal, inputs, log, loss_and_gradient, objective
 
 NAN = float("nan")
@@ -128,3 +130,29 @@ def test_the_correction_comes_after_the_selection():
     equal(loss_and_gradient(correcting("token_truncate", None, 9.0, "gmpo"), x)[0], -2.0)
     equal(loss_and_gradient(correcting("token_truncate", None, 9.0), x)[0], -2.0 / 2)
     equal(loss_and_gradient(correcting("sequence_truncate", None, 9.0, "gmpo"), x)[0], -6.0)
+
+
+def test_rounding_noise_of_long_completions_leaves_gmpos_own_correction_at_1():
+    """0.045 nats per token is what bfloat16 leaves between two ways to compute the same weights.
+
+    Over 2,000 tokens the sum has a standard deviation of 2, the mean one of 0.001.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.045 * torch.randn(200, 2000, generator=generator, dtype=torch.float64)
+    mask = torch.ones(200, 2000, dtype=torch.bool)
+
+    own = correction_from(GMPOConfig("out"))
+    weight = own.weight(own.ratio(noise, mask))
+    assert weight.shape == (200, 1)
+    assert (weight - 1).abs().max() < 0.005
+
+    sums = correction_from(GRPOConfig("out"))
+    dropped = (sums.weight(sums.ratio(noise, mask)) == 0).double().mean()
+    assert 0.2 < dropped < 0.4  # P(N(0, 2) > log 3) = 0.29
+
+
+def test_a_correction_that_is_given_counts_for_gmpo():
+    config = GMPOConfig("out", vllm_importance_sampling_mode="sequence_mask")
+    assert correction_from(config).mode == "sequence_mask"
+    assert correction_from(GMPOConfig("out")).mode == "geometric_mask"
+    assert correction_from(GRPOConfig("out")).mode == "sequence_mask"
