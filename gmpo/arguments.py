@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -121,15 +121,30 @@ def name_of(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or ""
 
 
-def tokenizer_of(model: str | nn.Module, args: GRPOConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model given by name, path or object."""
+def tokenizer_of(
+    processing_class: Any, model: str | nn.Module, args: GRPOConfig
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer: the given one, that of a given processor, or the model's own.
+
+    Raises:
+        TypeError: If `processing_class` is neither.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", None) or processing_class
+    if tokenizer is not None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"processing_class={processing_class!r} ({type(processing_class).__name__}) is no "
+                "tokenizer, and holds none. Pass AutoTokenizer.from_pretrained(...)."
+            )
+        return tokenizer
+
     name = model if isinstance(model, str) else name_of(model)
     if not name:
         raise ValueError(
             "The model does not say where its tokenizer is. "
             "Pass processing_class=AutoTokenizer.from_pretrained(...)."
         )
-    revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore
+    revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue] (the config has read JSON text)
     return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
 
 
@@ -141,9 +156,9 @@ def usable_prompts(
     Raises:
         ValueError: Names the dataset and the row.
     """
-    check_dataset(train_dataset, encoder.form, name="train_dataset")
     named = named_datasets(eval_dataset)
-    for name, rows in named.items():
+    for name, rows in {"train_dataset": train_dataset, **named}.items():
+        check_kind(rows, name)
         check_dataset(rows, encoder.form, name=name)
 
     train_dataset = fitting(train_dataset, encoder, name="train_dataset")
@@ -151,6 +166,40 @@ def usable_prompts(
     if isinstance(eval_dataset, dict):
         return train_dataset, dict(zip(eval_dataset, named.values(), strict=True))
     return train_dataset, next(iter(named.values()), None)
+
+
+def check_kind(dataset: Any, name: str) -> None:
+    """Raise a TypeError for what is no dataset, with how to make one of it.
+
+    A dataset has a length and rows by number, or can be iterated over again and again.  A dict of
+    datasets is `check_dataset`'s to refuse.
+    """
+    kind = type(dataset).__name__
+    if dataset is None:
+        return
+    if isinstance(dataset, str | os.PathLike):
+        remedy = "Load it: datasets.load_dataset('json', data_files=...)"
+    elif hasattr(dataset, "iloc"):
+        remedy = "Use datasets.Dataset.from_pandas(...)"
+    elif hasattr(dataset, "__next__"):
+        remedy = (
+            "It can be read only once: use datasets.IterableDataset.from_generator(function), or "
+            "a list"
+        )
+    elif isinstance(dataset, Mapping):
+        if any(hasattr(rows, "column_names") for rows in dataset.values()):
+            return
+        remedy = "Of columns, use datasets.Dataset.from_dict(...)"
+    elif isinstance(dataset, list | tuple) and not all(isinstance(r, Mapping) for r in dataset):
+        remedy = (
+            "Its items must be rows, {'prompt': ...}. Several datasets for evaluation are a dict "
+            "{name: dataset}"
+        )
+    elif hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__"):
+        return
+    else:
+        remedy = "Use a datasets.Dataset, or a list of rows {'prompt': ...}"
+    raise TypeError(f"{name} is a {kind}, which is no dataset of rows. {remedy}.")
 
 
 def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:
@@ -173,6 +222,12 @@ def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:
             f"max_steps={args.max_steps} with an iterable train_dataset: nobody knows how long an "
             "epoch is. Set max_steps to a positive number."
         )
+    if args.shuffle_dataset and not hasattr(train_dataset, "shuffle"):
+        raise ValueError(
+            f"shuffle_dataset=True needs a train_dataset that can be shuffled, and "
+            f"{type(train_dataset).__name__} has no shuffle(). Set shuffle_dataset=False for its "
+            "own order, or use a datasets.IterableDataset."
+        )
     if args.dataloader_num_workers:
         raise ValueError(
             f"dataloader_num_workers={args.dataloader_num_workers} with an iterable train_dataset: "
@@ -185,6 +240,18 @@ def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:
             "can't give. Use a map-style dataset, or zero_signal_groups='skip'."
         )
     return collection
+
+
+def check_tokens(encoder: PromptEncoder) -> None:
+    """Raise a ValueError if the tokenizer pads or ends with tokens that the model does not know."""
+    size = encoder.num_model_tokens
+    for name, token in (("pad", encoder.pad), *(("end", token) for token in encoder.eos)):
+        if size is not None and token >= size:
+            raise ValueError(
+                f"The tokenizer's {name} token has the number {token}, but the model knows only "
+                f"{size} tokens. Call model.resize_token_embeddings(len(tokenizer)) and pass the "
+                "model, or use a token that it knows."
+            )
 
 
 def check_reward_columns(sources: list[RewardSource], train_dataset: Any, args: GRPOConfig) -> None:

@@ -26,6 +26,7 @@ from gmpo import distributed
 from gmpo.arguments import (
     check_datasets,
     check_reward_columns,
+    check_tokens,
     checked_args,
     checked_model,
     known_arguments_only,
@@ -68,7 +69,7 @@ class GRPOTrainer(ResumableTrainer):
         args: The options; None takes the defaults and the folder "{model}-{GRPO or GMPO}".
         train_dataset: Rows with a `prompt`, as text or as messages; map-style or iterable.
         eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer; None loads the model's.
+        processing_class: The tokenizer, or a processor that holds one; None loads the model's.
         reward_processing_classes: Tokenizers of the reward models; None loads them.
         callbacks: Added to the Trainer's own.
         optimizers: (optimizer, scheduler); None builds them from `args`.
@@ -124,8 +125,9 @@ class GRPOTrainer(ResumableTrainer):
         if isinstance(model, str):
             check_path(model)
 
-        tokenizer = processing_class or tokenizer_of(model, args)
+        tokenizer = tokenizer_of(processing_class, model, args)
         self.encoder = PromptEncoder.build(tokenizer, model, args)
+        check_tokens(self.encoder)
         train_dataset, eval_dataset = usable_prompts(train_dataset, eval_dataset, self.encoder)
         self.collection_size = check_datasets(train_dataset, args)
 
@@ -157,7 +159,7 @@ class GRPOTrainer(ResumableTrainer):
             data_collator=cast(Any, as_rows),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=processing_class or tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=compute_metrics,

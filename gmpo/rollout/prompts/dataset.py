@@ -7,6 +7,8 @@ from gmpo.rollout.prompts.messages import is_messages, unsupported_reason, witho
 
 Row = Mapping[str, Any]
 
+IMAGE_COLUMNS = ("image", "images")  # what multimodal datasets call them
+
 
 class PromptForm:
     """The form of a dataset's prompts: texts, or lists of messages.
@@ -37,6 +39,13 @@ class PromptForm:
                 f"Row {number} has no `prompt`; its columns are {sorted(row)}. "
                 "Rename the column that holds the prompt."
             )
+
+        for column in IMAGE_COLUMNS:
+            if row.get(column) is not None:
+                raise ValueError(
+                    f"Row {number} has a column {column!r}, and gmpo does not train on images. "
+                    f"Remove the column to train on the text: dataset.remove_columns({column!r})."
+                )
 
         prompt = row["prompt"]
         messages = is_messages(prompt)
@@ -93,6 +102,12 @@ def check_dataset(dataset: Any, form: PromptForm, *, name: str = "train_dataset"
         raise ValueError(f"{name} is empty: there is no prompt.")
 
     columns = getattr(dataset, "column_names", None)
+    for column in IMAGE_COLUMNS:
+        if column in (columns or ()):
+            raise ValueError(
+                f"{name} has a column {column!r}, and gmpo does not train on images. Remove the "
+                f"column to train on the text: dataset.remove_columns({column!r})."
+            )
     try:
         if columns is not None and "prompt" not in columns:
             form.check_all([dict.fromkeys(columns)])

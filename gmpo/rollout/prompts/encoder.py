@@ -28,6 +28,7 @@ class PromptEncoder:
         eos: Every token that ends a completion.
         pad: The token that fills rectangles.
         context_length: Tokens that the model can hold; None if they are not limited.
+        num_model_tokens: Different tokens that the model has embeddings for; None if unknown.
 
     Raises:
         ValueError: If a completion alone fills the model's context.
@@ -41,6 +42,7 @@ class PromptEncoder:
         eos: Sequence[int],
         pad: int,
         context_length: int | None = None,
+        num_model_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.eos = tuple(eos)
@@ -48,6 +50,7 @@ class PromptEncoder:
         self.overlong_prompts = settings.overlong_prompts
         self.budget = completion_budget(settings)
         self.context_length = context_length
+        self.num_model_tokens = num_model_tokens
         self.form = PromptForm(tokenizer)
 
         keywords: Any = settings.chat_template_kwargs or {}
@@ -80,6 +83,7 @@ class PromptEncoder:
             eos=ending_tokens(tokenizer, defaults),
             pad=padding_token(tokenizer),
             context_length=context_length(config),
+            num_model_tokens=getattr(config.get_text_config(), "vocab_size", None),
         )
 
     @property
@@ -123,7 +127,8 @@ class PromptEncoder:
         """
         if self.room is None:
             return 0
-        if len(self._text(row, number).encode()) + SPECIAL_TOKENS <= self.room:
+        short = len(self._text(row, number).encode()) + SPECIAL_TOKENS <= self.room
+        if short and not self._has_unknown_tokens:
             return 0
         tokens = len(self._ids(row, number))
         return tokens if tokens > self.room else 0
@@ -170,10 +175,25 @@ class PromptEncoder:
             return row["prompt"]
         return self._rendered(self.template.text, row, number)
 
+    @property
+    def _has_unknown_tokens(self) -> bool:
+        """Return whether the tokenizer has tokens that the model has no embeddings for."""
+        return self.num_model_tokens is not None and len(self.tokenizer) > self.num_model_tokens
+
     def _ids(self, row: Row, number: int) -> list[int]:
         if isinstance(row["prompt"], str):
-            return self._text_ids(row["prompt"])
-        return self._rendered(self.template.ids, row, number)
+            ids = self._text_ids(row["prompt"])
+        else:
+            ids = self._rendered(self.template.ids, row, number)
+
+        if self._has_unknown_tokens and max(ids, default=0) >= self.num_model_tokens:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(
+                f"The prompt of row {number} has the token {token!r} with the number {max(ids)}, "
+                f"but the model knows only {self.num_model_tokens} tokens. Call "
+                "model.resize_token_embeddings(len(tokenizer)) and pass the model."
+            )
+        return ids
 
     def _opened(self, row: Row, number: int) -> str:
         if isinstance(row["prompt"], str):

@@ -65,7 +65,7 @@ def _remembered(rows: Dataset, encoder: PromptEncoder) -> list[int]:
     """Return `overlong_tokens` of every row, out of the dataset's own cache if it is there."""
     template, tokenizer = encoder.template, encoder.tokenizer
     decides = (
-        *(rows._fingerprint, encoder.room, template.keywords),
+        *(rows._fingerprint, encoder.room, encoder.num_model_tokens, template.keywords),
         *(type(tokenizer).__name__, tokenizer.name_or_path, len(tokenizer)),
         getattr(tokenizer, "chat_template", None),
     )
