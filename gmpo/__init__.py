@@ -3,6 +3,51 @@
     from gmpo import GMPOConfig, GMPOTrainer
 
 The names are loaded when they are first used, so that `import gmpo` costs nothing.
+
+A step, from top to bottom:
+
+trainer.py            what `transformers.Trainer` asks, answered in the order in which it asks
+stages.py             the stages of a run, built from its settings
+optimizer_batches.py  rows to a collection, and to the micro-batches of each optimizer step
+collect.py            dataset rows to a batch: generate, score, take advantages
+learn.py              a micro-batch to its gradient, in chunks that fit into memory
+nonfinite.py          steps whose numbers are not finite, found before they touch the weights
+
+The stages, each a folder with a map of its files:
+
+data/                 dataset rows, dealt to the ranks
+rollout/              prompts to completions, by an engine
+reward/               completions to rewards and advantages
+policy/               a batch to log-probs, or to the gradient of a loss of them
+attention/            rows of segments without masks; sampling and learning share it
+objective/            log-probs and advantages to a loss: pure functions
+report/               metrics, completions, model card, curves
+cli/                  the `gmpo` command
+
+What they share:
+
+types.py              what flows between the stages: read it first
+token_sets.py         the tokens that a token was drawn from
+distributed.py        collectives, and errors that every rank raises
+sharding.py           whole parameters out of the shards of FSDP2 and ZeRO-3
+unwrap.py             the model inside its wrappers
+
+What a user gives:
+
+config.py             GMPOConfig and GRPOConfig: the settings of all stages and the Trainer's own
+option.py             declaring an option: default, legal values, help text
+inherited_options.py  options of the Trainer that gmpo checks or restricts
+arguments.py          checks of the trainers' arguments, before weights are loaded
+model_name.py         the base model behind the name of an adapter
+hooks.py              methods that a subclass may override
+
+A run's life:
+
+resumable.py          a Trainer whose runs survive crashes and signals
+run_folder.py         whose folder it is, and which checkpoint a resume takes
+checkpoint.py         the files of a checkpoint, and the proof that it is whole
+resume_options.py     options that were changed before a resume
+signals.py            signals that ask a training to stop
 """
 
 import importlib

@@ -105,7 +105,9 @@ def test_the_config_reads_only_settings_and_checks_of_the_stages():
             assert parts[-1] in ("settings", "check"), name
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "folder", [ROOT, *FOLDERS], ids=lambda path: str(path.relative_to(ROOT.parent))
+)
 def test_the_map_of_a_folder_names_what_is_in_it(folder):
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
     assert text is not None
