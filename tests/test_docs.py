@@ -157,6 +157,13 @@ def test_files_and_functions_that_a_page_names_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tables_that_a_page_names_are_in_their_file(page):
+    text = re.sub(r"\s+", " ", page.read_text("utf-8"))
+    for name, path in re.findall(r"`([A-Z_]{4,})` (?:in|\()\s?`([\w/]+\.py)`", text):
+        assert re.search(rf"^{name}\b", (ROOT / path).read_text("utf-8"), re.MULTILINE), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_to_files_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
         ours = re.match(r"https://github\.com/gmpo-rl/gmpo/(?:blob|tree)/main/(.+)", link)
