@@ -1,4 +1,4 @@
-"""The files of a checkpoint: our state as JSON and safetensors, and a manifest that proves it whole.
+"""The files of a checkpoint: our state as JSON and safetensors, and a manifest of digests.
 
 A checkpoint is written into a folder of another name, to which the manifest is added last, with
 the size and the digest of every file.  Then it is synced and renamed, so a checkpoint is there
@@ -27,7 +27,7 @@ class Stateful(Protocol):
     """A part of a run whose state can be saved and restored."""
 
     def state_dict(self) -> State:
-        """Return plain values and tensors, which later steps do not change.  Every rank must call."""
+        """Return plain values and tensors that later steps do not change.  Every rank must call."""
         ...
 
     def load_state_dict(self, state: State) -> None:
@@ -36,10 +36,10 @@ class Stateful(Protocol):
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that can't be resumed as it was saved; the message names the file and the folder."""
+    """A checkpoint that can't be resumed; the message names the file and the folder."""
 
 
-# -- our state ---------------------------------------------------------------------------------------
+# -- our state -------------------------------------------------------------------------------------
 
 
 def save_state(state: Mapping[str, State], folder: str | Path, name: str) -> None:
@@ -86,7 +86,7 @@ def _with_tensors(value: Plain, tensors: Mapping[str, Tensor]) -> Plain:
     return value
 
 
-# -- whole or not at all -----------------------------------------------------------------------------
+# -- whole or not at all ---------------------------------------------------------------------------
 
 
 def finish_checkpoint(folder: str | Path, facts: Mapping[str, Plain]) -> None:
@@ -142,8 +142,7 @@ def read_manifest(folder: str | Path) -> State:
     path = Path(folder, MANIFEST)
     if not path.exists():
         raise DamagedCheckpoint(
-            f"{str(folder)!r} was not written to its end: it has no {MANIFEST} (or was not saved by "
-            "gmpo)."
+            f"{str(folder)!r} was not written to its end (or not by gmpo): it has no {MANIFEST}."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class LastStep:
 
 
 class RunningLoss:
-    """The loss that the Trainer has summed up since the last log, and the time that the run took."""
+    """The loss that the Trainer has summed up since the last log, and the time of the run."""
 
     def __init__(self, trainer: "ResumableTrainer") -> None:
         self.trainer = trainer
@@ -83,7 +84,10 @@ class RunningLoss:
 
 
 class ResumableTrainer(Trainer):
-    """Carries the life of a run: begin, save, stop, resume.  `stages` holds what there is to save."""
+    """Carries the life of a run: begin, save, stop, resume.
+
+    `stages` holds what there is to save.
+    """
 
     args: GRPOConfig
     stages: Stages
@@ -117,7 +121,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: If the checkpoint is damaged, or options were changed that can't be.
-            SystemExit: After SIGTERM, SIGINT (which is a KeyboardInterrupt too) and SIGHUP.
+            SystemExit: After SIGTERM, SIGINT and SIGHUP; that of SIGINT is a KeyboardInterrupt too.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -140,7 +144,7 @@ class ResumableTrainer(Trainer):
                 raise
 
     def _begin(self, resume: str | os.PathLike[str] | bool | None) -> None:
-        """Choose the checkpoint to go on from, and make room in the folder.  Every rank must call."""
+        """Choose the checkpoint to go on from, and make room.  Every rank must call."""
         self._facts = facts_of(self.args, self.stages.policy(), self.train_dataset)
         self._checkpoint, run = None, ""
         with raise_on_all_ranks("choose a checkpoint"):
@@ -275,8 +279,6 @@ class ResumableTrainer(Trainer):
 
     def _drop_unfinished(self) -> None:
         """Give back the room of a checkpoint that could not be written."""
-        import shutil
-
         if self.args.should_save:
             shutil.rmtree(self.folder.unfinished, ignore_errors=True)
 
@@ -347,7 +349,7 @@ class ResumableTrainer(Trainer):
         return itertools.chain(first, rows)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the random states, unless it was done: the Trainer asks after the first collection."""
+        """Restore the random states, once: the Trainer asks again after the first collection."""
         if not self._is_random_state_restored:
             self._is_random_state_restored = True
             super()._load_rng_state(checkpoint)
@@ -364,7 +366,7 @@ class ResumableTrainer(Trainer):
 
 
 class WholeSteps(TrainerCallback):
-    """Tells a trainer when its weights belong to a whole step.  Must be called after `BetweenSteps`."""
+    """Tells a trainer when its weights belong to a whole step; comes after `BetweenSteps`."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer

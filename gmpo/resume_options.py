@@ -1,4 +1,4 @@
-"""Options that were changed between a checkpoint and its resume: they act, or are refused by name."""
+"""Options that changed between a checkpoint and its resume: they act, or are refused by name."""
 
 import importlib.metadata
 from collections.abc import Mapping
@@ -54,24 +54,24 @@ def check_resumed(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder:
     for name, what in FIXED.items():
         if name in saved and saved[name] != given[name]:
             raise ValueError(
-                f"{name} is {given[name]!r}, and was {saved[name]!r} in the run of {folder!r}: it sets "
-                f"{what}, and can't change on a resume. Set {name}={saved[name]!r}, or begin a new run "
-                "from the checkpoint (model=...)."
+                f"{name} is {given[name]!r}, and was {saved[name]!r} in the run of {folder!r}: it "
+                f"sets {what}, and can't change on a resume. Set {name}={saved[name]!r}, or begin "
+                "a new run from the checkpoint (model=...)."
             )
     if manifest["ranks"] != facts["ranks"]:
         raise ValueError(
-            f"{folder!r} was saved by {manifest['ranks']} process(es), and {facts['ranks']} run now. "
-            "Resume with as many."
+            f"{folder!r} was saved by {manifest['ranks']} process(es), and {facts['ranks']} run "
+            "now. Resume with as many."
         )
     if manifest["model"] != facts["model"]:
         raise ValueError(
-            f"{folder!r} is a checkpoint of another model: parameters differ in name or shape. Give "
-            "the model (and peft_config) that the run began with."
+            f"{folder!r} is a checkpoint of another model: parameters differ in name or shape. "
+            "Give the model (and peft_config) that the run began with."
         )
     if manifest["dataset"] != facts["dataset"]:
         raise ValueError(
-            f"train_dataset has other prompts than in the run of {folder!r}. Give the one that it began "
-            "with, or begin a new run from the checkpoint (model=...)."
+            f"train_dataset has other prompts than in the run of {folder!r}. Give the one that it "
+            "began with, or begin a new run from the checkpoint (model=...)."
         )
 
 
@@ -92,7 +92,7 @@ def apply_to_optimizer(
     folder: str,
     options: Mapping[str, Any],
 ) -> None:
-    """Let options act that were changed since the checkpoint, whose optimizer state holds the old ones.
+    """Let options act that changed since the checkpoint, whose optimizer holds the old ones.
 
     Args:
         configured: The `hyperparameters` before the checkpoint was loaded.

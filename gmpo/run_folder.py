@@ -156,8 +156,8 @@ class RunFolder:
         """
         if not Path(checkpoint).is_dir():
             raise ValueError(
-                f"resume_from_checkpoint={str(checkpoint)!r} is no folder. Give a checkpoint's folder, "
-                "or True for the newest whole one in output_dir."
+                f"resume_from_checkpoint={str(checkpoint)!r} is no folder. Give a checkpoint's "
+                "folder, or True for the newest whole one in output_dir."
             )
         try:
             return str(checkpoint), check_whole(checkpoint)
@@ -215,7 +215,7 @@ class RunFolder:
             os.close(handle)
 
     def _has_logged_steps(self) -> bool:
-        """Return whether an earlier training wrote logs here; an evaluation before step 1 does not count."""
+        """Return whether an earlier training wrote logs here; an evaluation does not count."""
         completions = self.path / "completions"
         if any(not path.stem.endswith("_000000") for path in completions.glob("*.parquet")):
             return True
@@ -255,14 +255,14 @@ class RunFolder:
 
 
 def refuse_folder_of_model(model: object, output_dir: str) -> None:
-    """Raise a ValueError if training in `output_dir` would overwrite or move the model it starts from."""
+    """Raise a ValueError if a run in `output_dir` would overwrite or move its own model."""
     if not isinstance(model, str) or not os.path.isdir(model):
         return
     model_folder, folder = Path(model).resolve(), Path(output_dir).resolve()
     if model_folder == folder or folder in model_folder.parents:
         raise ValueError(
-            f"output_dir={output_dir!r} holds the model {model!r}, which the new run would overwrite or "
-            "move aside. Choose another output_dir."
+            f"output_dir={output_dir!r} holds the model {model!r}, which the new run would "
+            "overwrite or move aside. Choose another output_dir."
         )
 
 
@@ -278,8 +278,8 @@ def _lock(handle: int, folder: Path) -> None:
         holder = os.pread(handle, 200, 0).decode(errors="replace").split()
         who = f" (process {holder[1]} on {holder[0]})" if len(holder) == 2 else ""
         raise RuntimeError(
-            f"Another process{who} trains in {str(folder)!r}. Choose another output_dir, or wait for "
-            "its end."
+            f"Another process{who} trains in {str(folder)!r}. Choose another output_dir, or wait "
+            "for its end."
         ) from None
     os.truncate(handle, 0)
     os.pwrite(handle, f"{platform.node()} {os.getpid()}\n".encode(), 0)

@@ -1,4 +1,4 @@
-"""The stages of a run, built from the settings in the order of a step, and what moves between steps."""
+"""The stages of a run, built in the order of a step, and what moves between steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -202,7 +202,10 @@ class Stages:
         self.completion_log.add(records, step=state.global_step, mode=mode)
 
     def figures_since_last_log(self, step: int) -> dict[str, float]:
-        """Return what was counted since the last call, and write its completions.  Every rank must call."""
+        """Return what was counted since the last call, and write its completions.
+
+        Every rank must call.
+        """
         self.metrics.add(self.stopwatch.drain(steps=step - self.steps_at_last_log))
         self.steps_at_last_log = step
         figures = self.metrics.reduce(mode="train")
@@ -211,9 +214,9 @@ class Stages:
 
 
 class BetweenSteps(TrainerCallback):
-    """What has to happen between the Trainer's steps."""
+    """Moves what the Trainer does not know of, between its steps."""
 
-    def __init__(self, stages: Stages):
+    def __init__(self, stages: Stages) -> None:
         self.stages = stages
 
     def on_train_begin(

@@ -192,7 +192,7 @@ class GRPOTrainer(ResumableTrainer):
         self.callback_handler.callbacks[:0] = [BetweenSteps(self.stages), WholeSteps(self)]
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Keep logits and sums of gradients in float32, which FSDP2 would round to the layers' dtype."""
+        """Keep logits and sums of gradients in float32, which FSDP2 would round."""
         super().create_accelerator_and_postprocess()
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
@@ -227,7 +227,7 @@ class GRPOTrainer(ResumableTrainer):
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return a loader of every prompt of the evaluation set, `eval_group_size` times in a row."""
+        """Return a loader of every prompt of a set, `eval_group_size` times in a row."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast(dict, self.eval_dataset)[dataset]
@@ -304,7 +304,7 @@ class GRPOTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Return the differentiable share of `inputs` in the loss of its optimizer batch, a scalar.
+        """Return the differentiable share of `inputs` in the loss of its optimizer batch.
 
         Shares add up over micro-batches and ranks: `inputs.denominators` counts the optimizer
         batch.  An override is called once per micro-batch, in training and in evaluation, and may
@@ -353,7 +353,7 @@ class GRPOTrainer(ResumableTrainer):
         prediction_loss_only: bool = True,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Generate and score one evaluation batch, whose loss is an exact mean over rows in the metrics.
+        """Generate and score one evaluation batch; its loss counts by rows in the metrics.
 
         Returns:
             The loss of the batch; and, unless only that is wanted, completion ids [n, T] (-100 on
@@ -422,7 +422,7 @@ class GRPOTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Count six per parameter and token, as for every model, over prompts and completions of all rows."""
+        """Count six per parameter and token, over prompts and completions of all rows."""
         if not isinstance(inputs, MicroBatch):
             return super().floating_point_ops(inputs)
         batch = inputs.batch

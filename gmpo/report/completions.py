@@ -1,4 +1,4 @@
-"""What the policy wrote and how it was scored: parquet files, a table on the console, tables for the trackers.
+"""The completions and their scores: parquet files, a table on the console, tables for the trackers.
 
 A report that can't be written is a warning, never the end of a run.
 """
@@ -35,7 +35,10 @@ class CompletionRecords:
     extras: dict[str, list[Any]] = field(default_factory=dict)  # further columns, of any type
 
     def records(self) -> list[dict[str, Any]]:
-        """One dict of plain values per completion.  A source or extra named like one of our columns gets a prefix."""
+        """Return one dict of plain values per completion.
+
+        A source or extra that is named like one of our columns gets a prefix.
+        """
         columns = {
             "prompt": [as_text(prompt) for prompt in self.prompts],
             "completion": [as_text(completion) for completion in self.completions],
@@ -56,9 +59,10 @@ class CompletionLog:
     """Keeps the completions since the last log, then writes and shows them.
 
     Args:
-        output_dir: Gets `completions/{mode}_{step:06d}.parquet`: one row per completion, of all ranks, with `step`
-            (optimizer steps done when it was sampled), `mode`, `prompt` and `completion` (text, or messages as JSON),
-            one column per reward source, one per extra, and `advantage`.
+        output_dir: Gets `completions/{mode}_{step:06d}.parquet`: one row per completion, of all
+            ranks, with `step` (optimizer steps done when it was sampled), `mode`, `prompt` and
+            `completion` (text, or messages as JSON), one column per reward source, one per extra,
+            and `advantage`.
         trackers: Names of the trackers that are on (`report_to`).
         callbacks: Gives the Trainer's callbacks, among which tensorboard's holds the open writer.
         seed: Of the draw of completions to print.
@@ -92,7 +96,7 @@ class CompletionLog:
         self._pending = {}
 
     def add(self, scored: CompletionRecords, *, step: int, mode: str = "train") -> None:
-        """Keep completions of this rank, sampled after `step` optimizer steps, until the next `write`."""
+        """Keep completions of this rank, sampled after `step` optimizer steps, for `write`."""
         if self.settings.log_completions:
             with warn_on_error("keep the completions for the log"):
                 rows = [{"step": step, "mode": mode, **record} for record in scored.records()]
@@ -102,7 +106,8 @@ class CompletionLog:
         """Write and show what was added for `mode` since the last call.  Every rank must call.
 
         Args:
-            label: Names the file and the tables where there are several evaluation sets ("eval_math"); None: `mode`.
+            label: Names the file and the tables where there are several evaluation sets
+                ("eval_math"); None takes `mode`.
         """
         if not self.settings.log_completions:
             return
@@ -143,7 +148,7 @@ class CompletionLog:
         self._draw.setstate((version, tuple(numbers), rest))
 
     def _hub_lock(self) -> Any:
-        """Held while a file is written, so that the hub never gets half of one."""
+        """Return a lock to hold while a file is written, so that the hub never gets half of one."""
         repo = self.settings.log_completions_hub_repo
         if repo is not None and self._uploads is None:
             with warn_on_error(f"upload the completions to {repo}"):
@@ -177,7 +182,7 @@ def warn_on_error(what: str) -> Iterator[None]:
 
 
 def as_score(value: float | None) -> float | None:
-    """A number, or None where nothing was scored."""
+    """Return a number, or None where nothing was scored."""
     return None if value is None or value != value else float(value)
 
 

@@ -58,7 +58,10 @@ def append_line(path: Path, line: str) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers that are not finite become None, tensors of one number a number."""
+    """Return `value` as JSON can hold it.
+
+    Numbers that are not finite become None, tensors of one number a number.
+    """
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -82,7 +85,7 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file, in order; a line that a crash cut short is left out.
+    """Return the whole lines of a metrics file, in order, without one that a crash cut short.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -1,7 +1,7 @@
-"""From the figures of micro-batches and collections to one logged number each, exact over all since the last log.
+"""The figures of micro-batches and collections, as one number each per log, exact over all of them.
 
-Nothing is reduced while training goes on: figures pile up as sums, counts, minima and maxima on the rank that saw them,
-and `Metrics.reduce` puts the ranks together once per log.
+Nothing is reduced while training goes on: figures pile up as sums, counts, minima and maxima on the
+rank that saw them, and `Metrics.reduce` puts the ranks together once per log.
 """
 
 import math
@@ -23,24 +23,26 @@ KINDS = ("means", "minima", "maxima")
 
 
 class Metrics:
-    """What has been counted since the last log, for training and for evaluation apart."""
+    """Figures since the last log, of training and of evaluation apart."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pending: dict[str, Statistics] = {}
 
     def add(self, statistics: Statistics, *, mode: Mode = "train") -> None:
-        """Count `statistics`.  Values may be numbers or scalar tensors on any device; none is read before the log."""
+        """Count `statistics`: numbers or scalar tensors on any device, not read before the log."""
         self._pending.setdefault(mode, Statistics()).update(widened(statistics))
 
     def reduce(self, *, mode: Mode = "train", prefix: str | None = None) -> dict[str, float]:
-        """All figures since the last call, over all ranks, by name; then nothing is pending.  Every rank must call.
+        """Return all figures since the last call, over all ranks, by name.  Every rank must call.
 
-        A mean is sum / count, so micro-batches and ranks weigh by what they counted.  Means of nothing (count 0) and
-        extremes of nothing (a minimum of +inf, a maximum of -inf) are left out.
+        A mean is sum / count, so micro-batches and ranks weigh by what they counted.  Means of
+        nothing (count 0) and extremes of nothing (a minimum of +inf, a maximum of -inf) are left
+        out.
 
         Args:
-            prefix: Put before each name, with an underscore (the Trainer's `metric_key_prefix`); None: no prefix in
-                training, "eval" in evaluation.
+            prefix: Put before each name, with an underscore (the Trainer's `metric_key_prefix`).
+                None puts nothing before the names of training, and "eval" before those of
+                evaluation.
         """
         local = plain(self._pending.pop(mode, Statistics()))
         names = (
@@ -81,7 +83,10 @@ class Metrics:
 
     @staticmethod
     def _shared_names(local: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-        """A rank may lack names that another one has (no row of a source, no counted token): agree on the union."""
+        """Return the names that some rank has.
+
+        A rank may lack one: it had no row of a source, or counted no token.
+        """
         everywhere = all_gather_objects({kind: list(local[kind]) for kind in KINDS})
         return {kind: sorted_union(*(names[kind] for names in everywhere)) for kind in KINDS}
 
@@ -96,19 +101,13 @@ class Metrics:
         lowest = all_reduce(lowest, "min").tolist() if names["minima"] else []
         highest = all_reduce(highest, "max").tolist() if names["maxima"] else []
         means = zip(names["means"], totals, strict=True)
-        return {
-            **{name: total / count for name, (total, count) in means if count != 0},
-            **{
-                name: value
-                for name, value in zip(names["minima"], lowest, strict=True)
-                if value != math.inf
-            },
-            **{
-                name: value
-                for name, value in zip(names["maxima"], highest, strict=True)
-                if value != -math.inf
-            },
-        }
+
+        figures = {name: total / count for name, (total, count) in means if count != 0}
+        for kind, values in (("minima", lowest), ("maxima", highest)):
+            for name, value in zip(names[kind], values, strict=True):
+                if math.isfinite(value) or math.isnan(value):
+                    figures[name] = value
+        return figures
 
 
 def packed(values: list[float]) -> Tensor:
@@ -116,15 +115,12 @@ def packed(values: list[float]) -> Tensor:
 
 
 def widened(statistics: Statistics) -> Statistics:
-    """`statistics` without gradients and in float64 (where the device has it), so that a long sum stays exact."""
+    """Return `statistics` without gradients and in float64, so that a long sum stays exact."""
 
-    def wide(value: Any) -> Any:
-        value = (
-            value.detach()
-            if isinstance(value, Tensor)
-            else torch.tensor(value, dtype=torch.float64)
-        )
-        return value if value.device.type == "mps" else value.double()
+    def wide(value: float | Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.tensor(value, dtype=torch.float64)
+        return value.detach() if value.device.type == "mps" else value.detach().double()
 
     return Statistics(
         means={
@@ -136,7 +132,7 @@ def widened(statistics: Statistics) -> Statistics:
 
 
 def plain(statistics: Statistics) -> dict[str, dict[str, Any]]:
-    """`statistics` as numbers; waits for the device."""
+    """Return `statistics` as numbers; waits for the device."""
     return {
         "means": {
             name: [float(total), float(count)] for name, (total, count) in statistics.means.items()
@@ -151,13 +147,13 @@ def sorted_union(*names: Any) -> list[str]:
 
 
 class Stopwatch:
-    """Where the seconds of an optimizer step go, and how many tokens each part handles.
+    """The seconds of an optimizer step by part, and the tokens that each part handles.
 
-    `timed` blocks may be nested: a part's seconds are those that no inner block claims, so that the parts and "other"
-    add up to the wall time.
+    `timed` blocks may be nested: a part's seconds are those that no inner block claims, so that the
+    parts and "other" add up to the wall time.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, float] = {}
         self._inner = [0.0]  # seconds claimed by finished blocks, one entry per open block
@@ -165,7 +161,9 @@ class Stopwatch:
 
     @contextmanager
     def timed(self, name: str, *, tokens: float = 0) -> Iterator[None]:
-        """Count the block's time as `name`.  On CUDA it waits for the block's kernels, or they would count elsewhere.
+        """Count the block's time as `name`.
+
+        On CUDA it waits for the block's kernels, which would count elsewhere otherwise.
 
         Args:
             name: "generate", "reward", "old_logps", "learn", "publish" or another.
@@ -185,17 +183,17 @@ class Stopwatch:
             self.count_tokens(name, tokens)
 
     def count_tokens(self, name: str, tokens: float) -> None:
-        """Say that the part `name` has handled `tokens` more of this rank's tokens."""
+        """Count `tokens` of this rank as handled by the part `name`."""
         self._tokens[name] = self._tokens.get(name, 0.0) + tokens
 
     def restart(self) -> None:
-        """Forget what was counted; time starts to run now (at the start of training)."""
+        """Forget what was counted; time runs from here (at the start of training)."""
         self._seconds, self._tokens, self._inner = {}, {}, [0.0] * len(self._inner)
         self._since = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing of the block, not even what is timed inside: an evaluation is no part of a training step."""
+        """Count nothing of the block: an evaluation is no part of a training step."""
         kept, start = (self._seconds, self._tokens, self._inner), time.perf_counter()
         self._seconds, self._tokens, self._inner = {}, {}, [0.0]
         try:
@@ -207,11 +205,12 @@ class Stopwatch:
             self._since += elapsed
 
     def drain(self, *, steps: int) -> Statistics:
-        """What was counted since the last call; counting starts anew.  Not to be called inside a `timed` block.
+        """Return what was counted since the last call, and start again at 0.
 
-        Gives `step_time`, and how it divides into `time/{part}` and `time/other` (seconds per optimizer step, mean over
-        ranks), `tokens_per_second/{part}` (tokens of all ranks over the seconds of one) and `memory/peak_gib` (the
-        fullest rank so far).
+        These are `step_time` and its parts `time/{part}` and `time/other` (seconds per optimizer
+        step, mean over ranks), `tokens_per_second/{part}` (tokens of all ranks over the seconds of
+        one) and `memory/peak_gib` (the fullest rank so far).  Not to be called inside a `timed`
+        block.
 
         Args:
             steps: Optimizer steps since the last call.
@@ -220,17 +219,15 @@ class Stopwatch:
         seconds = {**self._seconds, "other": wall - sum(self._seconds.values())}
         tokens = {name: count for name, count in self._tokens.items() if count}
         self.restart()
-        return Statistics(
-            means={
-                "step_time": (wall, steps),
-                **{f"time/{name}": (spent, steps) for name, spent in seconds.items()},
-                **{
-                    f"tokens_per_second/{name}": (n * world_size(), seconds[name])
-                    for name, n in tokens.items()
-                },
-            },
-            maxima={"memory/peak_gib": peak_memory() / 2**30},
-        )
+
+        statistics = Statistics(means={"step_time": (wall, steps)})
+        for name, spent in seconds.items():
+            statistics.means[f"time/{name}"] = (spent, steps)
+        for name, count in tokens.items():
+            rate = (count * world_size(), seconds[name])
+            statistics.means[f"tokens_per_second/{name}"] = rate
+        statistics.maxima["memory/peak_gib"] = peak_memory() / 2**30
+        return statistics
 
 
 def peak_memory() -> int:
@@ -241,7 +238,8 @@ def peak_memory() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue] (Windows only)
+        memory = psutil.Process().memory_info()
+        return memory.peak_wset  # pyright: ignore[reportAttributeAccessIssue] (Windows only)
 
     import resource  # POSIX only
 
@@ -250,9 +248,9 @@ def peak_memory() -> int:
 
 
 def rollout_statistics(rollouts: Sequence[Rollout]) -> Statistics:
-    """Lengths in tokens that the policy wrote, and the share that the token budget cut off.
+    """Return the lengths in tokens that the policy wrote, and the share that the budget cut off.
 
-    "Terminated" completions are those that ended by themselves, by an end token or a stop string.
+    "Terminated" completions ended by themselves, by an end token or a stop string.
     """
     lengths = [len(r.ids) if r.trained is None else sum(r.trained) for r in rollouts]
     terminated = [length for length, r in zip(lengths, rollouts, strict=True) if not r.truncated]

@@ -1,4 +1,4 @@
-"""The README.md of a trained model: what it is, how it was trained and on what, how to load and how to cite it."""
+"""The README.md of a trained model: its training and data, how to load and how to cite it."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ from huggingface_hub.utils import yaml_dump
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a card says of an algorithm."""
+    """The words of a card about an algorithm."""
 
     title: str
     arxiv: str
@@ -24,12 +24,14 @@ METHODS = {
     "gmpo": Method(
         "Geometric-Mean Policy Optimization (GMPO)",
         "2507.20673",
-        "Each completion has one importance ratio: the geometric mean of its token ratios, clipped in log space.",
+        "Each completion has one importance ratio: the geometric mean of its token ratios, clipped "
+        "in log space.",
         """\
 @article{zhao2025geometric,
   title   = {Geometric-Mean Policy Optimization},
-  author  = {Zhao, Yuzhong and Liu, Yue and Liu, Junpeng and Chen, Jingye and Wu, Xun and Hao, Yaru and Lv, Tengchao
-             and Huang, Shaohan and Cui, Lei and Ye, Qixiang and Wan, Fang and Wei, Furu},
+  author  = {Zhao, Yuzhong and Liu, Yue and Liu, Junpeng and Chen, Jingye and Wu, Xun and Hao, Yaru
+             and Lv, Tengchao and Huang, Shaohan and Cui, Lei and Ye, Qixiang and Wan, Fang
+             and Wei, Furu},
   journal = {arXiv preprint arXiv:2507.20673},
   year    = {2025}
 }""",
@@ -37,12 +39,14 @@ METHODS = {
     "grpo": Method(
         "Group Relative Policy Optimization (GRPO)",
         "2402.03300",
-        "Each completion's reward is taken relative to those of the other completions of its prompt.",
+        "Each completion's reward is taken relative to the rewards of the other completions of its "
+        "prompt.",
         """\
 @article{shao2024deepseekmath,
   title   = {DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models},
-  author  = {Shao, Zhihong and Wang, Peiyi and Zhu, Qihao and Xu, Runxin and Song, Junxiao and Bi, Xiao
-             and Zhang, Haowei and Zhang, Mingchuan and Li, Y. K. and Wu, Y. and Guo, Daya},
+  author  = {Shao, Zhihong and Wang, Peiyi and Zhu, Qihao and Xu, Runxin and Song, Junxiao
+             and Bi, Xiao and Zhang, Haowei and Zhang, Mingchuan and Li, Y. K. and Wu, Y.
+             and Guo, Daya},
   journal = {arXiv preprint arXiv:2402.03300},
   year    = {2024}
 }""",
@@ -86,7 +90,8 @@ OPTIONS = (  # shown where the settings have them
     "seed",
 )
 FIGURES = re.compile(  # of the log, by name
-    r"(eval_\w*?)?(reward|reward_std|rewards/.+/mean|completions/(mean_length|clipped_ratio)|entropy|kl)"
+    r"(eval_\w*?)?(reward|reward_std|rewards/.+/mean|completions/(mean_length|clipped_ratio)"
+    r"|entropy|kl)"
 )
 PACKAGES = ("gmpo", "torch", "transformers", "accelerate", "datasets")
 
@@ -103,12 +108,13 @@ def model_card(
     license: str | None = None,
     adapter: bool = False,
 ) -> str:
-    """The text of a README.md, with its YAML head.
+    """Return the text of a README.md, with its YAML head.
 
     Args:
         algorithm: "gmpo" or "grpo", in any case.
         model_name: Repository or folder; what the reader loads.
-        base_model: Repository or folder that the training started from.  Folders stay out of the head.
+        base_model: Repository or folder that the training started from.  Folders stay out of the
+            head.
         dataset_name: What it was trained on; hub repositories go into the head.
         tags: Beside "gmpo" and "grpo".
         args: The settings of the run; a list of harmless options is shown.
@@ -143,7 +149,7 @@ def model_card(
 def introduction(
     method: Method, base_model: str | None, datasets: Sequence[str], variant: tuple[str, str] | None
 ) -> str:
-    """Two sentences: from what, on what, by which method; and what that method is."""
+    """Return two sentences: from what, on what, by which method; and what that method is."""
     start = f" from {link(base_model)}" if base_model else ""
     data = f" on {' and '.join(link(name, 'datasets/') for name in datasets)}" if datasets else ""
     loss = f", with the loss of {variant[0]} ({paper(variant[1])})" if variant else ""
@@ -156,7 +162,7 @@ def paper(arxiv: str) -> str:
 
 
 def usage(model_name: str, adapter: bool) -> str:
-    """Code that loads the model."""
+    """Return code that loads the model."""
     name = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
     return (
@@ -169,7 +175,7 @@ def usage(model_name: str, adapter: bool) -> str:
 
 
 def settings_shown(args: Any, algorithm: str) -> dict[str, Any]:
-    """The options of `args` that a reader wants to know, None and switched-off ones left out."""
+    """Return the options of `args` that a reader wants to know, without unset ones."""
     shown = {name: getattr(args, name) for name in OPTIONS if getattr(args, name, None) is not None}
     if algorithm == "gmpo":
         shown.pop("loss_type", None)
@@ -181,7 +187,7 @@ def settings_shown(args: Any, algorithm: str) -> dict[str, Any]:
 
 
 def last_figures(log_history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The last logged value of each figure worth showing."""
+    """Return the last logged value of each figure worth showing."""
     figures: dict[str, str] = {}
     for record in log_history:
         for name, value in record.items():
@@ -193,7 +199,7 @@ def last_figures(log_history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def section(title: str, kind: str, values: Mapping[str, Any]) -> str:
-    """A heading and a table of names and values, or nothing."""
+    """Return a heading and a table of names and values, or nothing."""
     lines = [f"| {name} | {value} |" for name, value in values.items() if value is not None]
     return (
         "\n".join([f"## {title}", "", f"| {kind} | value |", "|---|---|", *lines]) if lines else ""
@@ -201,7 +207,7 @@ def section(title: str, kind: str, values: Mapping[str, Any]) -> str:
 
 
 def is_hub_name(name: str | None) -> bool:
-    """Whether `name` can be a repository on the hub: a name or owner/name, and no folder or file here."""
+    """Return whether `name` can be a hub repository: name or owner/name, and no path here."""
     return (
         name is not None
         and re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", name) is not None
@@ -210,7 +216,7 @@ def is_hub_name(name: str | None) -> bool:
 
 
 def link(name: str, kind: str = "") -> str:
-    """`name` as a link to the hub, or the last part of a local path: others have no use for the rest."""
+    """Return a link to the hub, or the last part of a local path: the rest helps nobody else."""
     if is_hub_name(name):
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return f"`{os.path.basename(os.path.normpath(name))}`"

@@ -8,24 +8,29 @@ from typing import Any
 
 
 def as_text(value: Any) -> str:
-    """Text as it is; anything else (messages, tool calls, images) as JSON, or as Python shows it where JSON can't."""
+    """Return text as it is, anything else (messages, tool calls, images) as JSON.
+
+    Python's own form stands where JSON has none.
+    """
     if not isinstance(value, str):
         try:
             value = json.dumps(value, ensure_ascii=False, default=repr)
         except (TypeError, ValueError):  # keys that are no strings, circular references
             value = repr(value)
-    return value.encode(
-        "utf-8", "replace"
-    ).decode()  # a lone surrogate (from JSON's \ud800) is no UTF-8
+    # A lone surrogate (from JSON's \ud800) is no UTF-8.
+    return value.encode("utf-8", "replace").decode()
 
 
 def as_column(values: Sequence[Any]) -> list[Any]:
-    """Values of one type that parquet has (truth values, text, numbers; None anywhere), else all of them as text."""
+    """Return values of one type that parquet has: truth values, text or numbers; None anywhere.
+
+    Values of several types become text.
+    """
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {bool} or (
-        kinds <= {int} and all(value is None or -(2**63) <= value < 2**63 for value in values)
-    ):
+    if kinds <= {bool}:
+        return values
+    if kinds <= {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):
         return values
     if kinds <= {int, float} and float in kinds:
         return [None if value is None else float(value) for value in values]
@@ -33,7 +38,10 @@ def as_column(values: Sequence[Any]) -> list[Any]:
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> Any:
-    """`rows` as a pyarrow table.  A column that some rows lack is null there; one without values counts as numbers."""
+    """Return `rows` as a pyarrow table.
+
+    A column that some rows lack is null there; one without values counts as numbers.
+    """
     import pyarrow
 
     names = dict.fromkeys(name for row in rows for name in row)

@@ -1,4 +1,4 @@
-"""Training curves out of metrics.jsonl."""
+"""Training curves, drawn from metrics.jsonl."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def training_curves(metrics: str | Path, image: str | Path, *, title: str = "") 
 
 
 def series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the figure `name`, where it was logged and finite."""
+    """Return the steps and values of the figure `name`, where it was logged and finite."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -115,7 +115,7 @@ PANELS = (draw_reward, draw_length, draw_entropy, draw_log_ratio, draw_clip_shar
 
 
 def dress(axes: Any) -> None:
-    """One quiet look for all panels."""
+    """Give a panel the quiet look of all."""
     axes.title.set(fontsize=10, color=INK, ha="left", position=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)

@@ -12,7 +12,7 @@ LINES_PER_HEADER = 25
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the log: its heading, its width in characters, and its cell made of the logged figures."""
+    """A column of the log: heading, width in characters, and the cell of logged figures."""
 
     heading: str
     width: int
@@ -20,12 +20,12 @@ class Column:
 
 
 def number(name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
-    """A cell that shows the figure `name`, or a dash where it is not logged."""
+    """Return a cell that shows the figure `name`, or a dash where it is not logged."""
     return lambda figures: form.format(figures[name]) if name in figures else "-"
 
 
 def pair(low: str, high: str, form: str, between: str) -> Callable[[Mapping[str, Any]], str]:
-    """A cell that shows two figures."""
+    """Return a cell that shows two figures."""
     low_cell, high_cell = number(low, form), number(high, form)
     return lambda figures: f"{low_cell(figures)}{between}{high_cell(figures)}"
 
@@ -40,22 +40,18 @@ COLUMNS = (
     Column("grad", 6, number("grad_norm", "{:.2f}")),
     Column("tok/s", 7, number("tokens/s", "{:,.0f}")),
 )
-LESS_NEEDED = (
-    "grad",
-    "cut off",
-    "tok/s",
-    "clipped -/+",
-    "length",
-)  # left out first where the terminal is narrow
+# Left out first where the terminal is narrow.
+LESS_NEEDED = ("grad", "cut off", "tok/s", "clipped -/+", "length")
 
 
 class ProgressLines(TrainerCallback):
-    """Prints one line per log, the header again every 25 lines; on a terminal a bar with the time left stays below.
+    """Prints one line per log, and the header again every 25 lines.
 
-    To take the place of the Trainer's own bar and printer, which have to be removed.
+    On a terminal a bar with the time left stays below.  It takes the place of the Trainer's own bar
+    and printer, which have to be removed.
 
     Args:
-        bar: Whether to show the bar.
+        bar: Show the bar.
         console: A rich console; None: standard output.
         clock: Seconds that only grow.
     """
@@ -123,7 +119,7 @@ class ProgressLines(TrainerCallback):
         self.console.print(f"{name:<12}{cells}  {left:>8}".rstrip(), markup=False)
 
     def _tokens_per_second(self, logs: Mapping[str, Any]) -> dict[str, float]:
-        """Tokens of prompts and completions per second of wall time since the last log."""
+        """Return the tokens of prompts and completions per second since the last log."""
         if "num_tokens" not in logs:
             return {}
         tokens, now = logs["num_tokens"], self.clock()
@@ -133,7 +129,7 @@ class ProgressLines(TrainerCallback):
         return {"tokens/s": (tokens - before[0]) / (now - before[1])}
 
     def _leave_out_evaluation(self, logs: Mapping[str, Any]) -> None:
-        """Tokens per second are those of training: the seconds of an evaluation don't count."""
+        """Take the seconds of an evaluation out of the tokens per second."""
         seconds = sum(
             logs[name] for name in logs if name.startswith("eval") and name.endswith("_runtime")
         )
@@ -151,7 +147,7 @@ class ProgressLines(TrainerCallback):
 
 
 def fitting(width: int) -> tuple[Column, ...]:
-    """The columns that fit into `width` characters, the less needed ones left out."""
+    """Return the columns that fit into `width` characters, without the less needed ones."""
     columns = list(COLUMNS)
     for heading in LESS_NEEDED:
         if 12 + sum(column.width + 2 for column in columns) + 8 <= width:
@@ -177,7 +173,7 @@ def progress_bar(console: Any) -> Any:
 
 
 def evaluations(logs: Mapping[str, Any]) -> list[str]:
-    """The prefixes of the evaluations in `logs`: "eval", "eval_math"."""
+    """Return the prefixes of the evaluations in `logs`: "eval", "eval_math"."""
     return [
         name.removesuffix("_reward")
         for name in logs
@@ -186,7 +182,7 @@ def evaluations(logs: Mapping[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
+    """Return seconds as `1:02:03`, or `2:03` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,7 +9,8 @@ from gmpo.option import option
 class ReportSettings:
     log_completions: bool = option(
         False,
-        "Show sampled completions on the console and write all of them to output_dir/completions/*.parquet.",
+        "Show sampled completions on the console and write all of them to "
+        "output_dir/completions/*.parquet.",
     )
     num_completions_to_print: int | None = option(
         None, "Completions in the console table, drawn at random; None prints all, 0 none."

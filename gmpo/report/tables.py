@@ -15,11 +15,9 @@ def print_table(rows: Rows, *, title: str, console: Any = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    columns = [
-        name
-        for name in dict.fromkeys(name for row in rows for name in row)
-        if name not in SHORT_COLUMNS
-    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if name not in SHORT_COLUMNS]
+
     table = Table(title=title, show_lines=True, expand=True, title_justify="left")
     for name in columns:
         number = any(isinstance(row.get(name), float) for row in rows)
@@ -27,14 +25,13 @@ def print_table(rows: Rows, *, title: str, console: Any = None) -> None:
             name, justify="right" if number else "left", no_wrap=number, ratio=None if number else 1
         )
     for row in rows:
-        table.add_row(
-            *(Text(readable(row.get(name))) for name in columns)
-        )  # Text: completions are no markup
+        # As Text: completions are no markup.
+        table.add_row(*(Text(readable(row.get(name))) for name in columns))
     (console or Console()).print(table)
 
 
 def readable(value: Any) -> str:
-    """A cell for people."""
+    """Return a cell for people."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -44,7 +41,7 @@ def readable(value: Any) -> str:
 
 
 def dialogue(text: str) -> str:
-    """Messages in JSON as `role: content` lines; any other text as it is."""
+    """Return messages in JSON as `role: content` lines, any other text as it is."""
     try:
         messages = json.loads(text)
         return "\n".join(message_text(message) for message in messages)
@@ -53,7 +50,7 @@ def dialogue(text: str) -> str:
 
 
 def message_text(message: dict[str, Any]) -> str:
-    """A message as one line: who, what, and which tools are called."""
+    """Return a message as one line: who, what, and which tools are called."""
     content = message.get("content") or ""
     content = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     calls = "".join(
@@ -91,14 +88,14 @@ def to_tensorboard(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) 
 
 
 def set_tensorboard_folder(callbacks: Sequence[Any], folder: str | None) -> None:
-    """Where tensorboard's callback writes; None leaves it to the callback."""
+    """Set the folder that tensorboard's callback writes to; None leaves it to the callback."""
     for callback in callbacks:
         if folder is not None and type(callback).__name__ == "TensorBoardCallback":
             callback.logging_dir = os.path.expanduser(folder)
 
 
 def markdown(rows: Rows) -> str:
-    """`rows` as a markdown table."""
+    """Return `rows` as a markdown table."""
     columns = list(rows[0])
     cells = [
         [readable(row.get(name)).replace("|", "\\|").replace("\n", "<br>") for name in columns]

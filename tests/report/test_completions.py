@@ -14,7 +14,8 @@ from gmpo.report.completions import CompletionLog, CompletionRecords
 from gmpo.report.parquet import as_column, as_text
 from gmpo.report.settings import ReportSettings
 
-TOOL_CALLS = [  # argument types differ from call to call, one has none: what parquet can't hold as structures
+# Argument types differ from call to call, and one has none: no structure of parquet holds them.
+TOOL_CALLS = [
     {"function": {"name": "add", "arguments": {"a": 1, "b": "two"}}},
     {"function": {"name": "now", "arguments": {}}},
 ]
@@ -70,13 +71,37 @@ def test_a_file_holds_every_completion_since_the_last_log_with_its_scores(log, t
     completions.add(scored(1, rewards={"exact": [float("nan")], "judge": [0.25]}), step=4)
     completions.write(step=5)
     assert read(tmp_path, "train_000005.parquet") == [
-        {"step": 3, "mode": "train", "prompt": "prompt 0", "completion": "completion 0", "exact": 0.0, "source": "web",
-         "advantage": -0.5, "judge": None},
-        {"step": 3, "mode": "train", "prompt": "prompt 0", "completion": "completion 1", "exact": 1.0, "source": None,
-         "advantage": 0.5, "judge": None},
-        {"step": 4, "mode": "train", "prompt": "prompt 0", "completion": "completion 0", "exact": None, "source": None,
-         "advantage": -0.5, "judge": 0.25},
-    ]  # fmt: skip
+        {
+            "step": 3,
+            "mode": "train",
+            "prompt": "prompt 0",
+            "completion": "completion 0",
+            "exact": 0.0,
+            "source": "web",
+            "advantage": -0.5,
+            "judge": None,
+        },
+        {
+            "step": 3,
+            "mode": "train",
+            "prompt": "prompt 0",
+            "completion": "completion 1",
+            "exact": 1.0,
+            "source": None,
+            "advantage": 0.5,
+            "judge": None,
+        },
+        {
+            "step": 4,
+            "mode": "train",
+            "prompt": "prompt 0",
+            "completion": "completion 0",
+            "exact": None,
+            "source": None,
+            "advantage": -0.5,
+            "judge": 0.25,
+        },
+    ]
 
 
 def test_train_and_eval_of_one_step_are_two_files(log, tmp_path):
@@ -359,6 +384,7 @@ def _write_on_two_ranks(rank, folder):
 
 
 def test_the_first_rank_writes_the_completions_of_all_ranks(tmp_path):
-    mp.spawn(_write_on_two_ranks, args=(tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    spawn = mp.spawn  # pyright: ignore[reportPrivateImportUsage] (torch lists no names)
+    spawn(_write_on_two_ranks, args=(tmp_path,), nprocs=2)
     prompts = [row["prompt"] for row in read(tmp_path, "train_000001.parquet")]
     assert prompts == ["of rank 0", "of rank 0", "of rank 1", "of rank 1"]

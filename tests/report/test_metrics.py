@@ -117,7 +117,8 @@ def _reduce_on_two_ranks(rank, folder):
 
 
 def test_ranks_agree_on_one_exact_figure_each_even_where_one_lacks_a_name(tmp_path):
-    mp.spawn(_reduce_on_two_ranks, args=(tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    spawn = mp.spawn  # pyright: ignore[reportPrivateImportUsage] (torch lists no names)
+    spawn(_reduce_on_two_ranks, args=(tmp_path,), nprocs=2)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert results[0] == results[1]
     figures, evaluation = results[0]

@@ -49,8 +49,8 @@ def test_the_head_is_what_the_hub_reads():
         "tags": ["gmpo", "maths"],
     }
     assert (
-        "on [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k) and `reasoning_gym:chain_sum`"
-        in card
+        "on [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k) "
+        "and `reasoning_gym:chain_sum`" in card
     )
 
 
@@ -85,9 +85,15 @@ def test_a_folder_here_is_no_repository_on_the_hub(tmp_path, monkeypatch):
 
 def test_options_are_shown_but_never_a_token():
     args = SimpleNamespace(
-        epsilon=0.4, epsilon_high=None, loss_type="dapo", hub_token="hf_secret", max_steps=-1, num_train_epochs=3.0,
-        lr_scheduler_type=SimpleNamespace(value="constant"), mean_power=0.0,
-    )  # fmt: skip
+        epsilon=0.4,
+        epsilon_high=None,
+        loss_type="dapo",
+        hub_token="hf_secret",
+        max_steps=-1,
+        num_train_epochs=3.0,
+        lr_scheduler_type=SimpleNamespace(value="constant"),
+        mean_power=0.0,
+    )
     card = model_card(algorithm="gmpo", model_name="run", args=args)
     assert "| epsilon | 0.4 |" in card
     assert "| mean_power | 0.0 |" in card

@@ -1,4 +1,4 @@
-"""What bad input gets: an error that says what was got and what to do, and nothing that was learned is lost."""
+"""Bad input gets an error that says what was got and what to do."""
 
 import inspect
 import os

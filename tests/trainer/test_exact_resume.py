@@ -1,4 +1,4 @@
-"""A run that is killed and resumed equals the uninterrupted one to the bit, wherever it was killed."""
+"""A run that is killed and resumed equals the uninterrupted one to the bit."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Models whose logits are scaled, capped or shifted, and that end in more than one token, through a whole run."""
+"""Models that scale, cap or shift logits, or have several end tokens, through a whole run."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Where memory runs out, chunks are halved and the optimizer step is made anew, with the same update."""
+"""Where memory runs out, chunks are halved and the step is repeated, with the same update."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.tiny import tiny_model
 
 
 def out_of_memory_above(trainer, tokens, after):
-    """Let the pass over a chunk of more than `tokens` tokens fail as an accelerator does; some after their backward.
+    """Let the pass over a chunk of more than `tokens` tokens fail, some after their backward.
 
     Args:
         after: The first passes succeed whatever their size.

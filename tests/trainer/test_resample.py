@@ -1,4 +1,4 @@
-"""zero_signal_groups="resample": other prompts are drawn for those whose completions are all worth the same."""
+"""zero_signal_groups="resample": other prompts are drawn for groups without signal."""
 
 import pytest
 import torch
@@ -118,7 +118,8 @@ def test_spare_rows_are_other_prompts_each_once_in_the_order_of_the_seed():
 
 
 def test_ranks_replace_their_own_rows_of_groups_that_span_them():
-    # groups of 4 over ranks of 6 rows: rank 0 holds 0000 11, rank 1 holds 11 2222; groups 0 and 1 are replaced
+    # Groups of 4 over ranks of 6 rows: rank 0 holds 0000 11, rank 1 holds 11 2222.
+    # Groups 0 and 1 are replaced.
     chosen = {0: {"prompt": "x"}, 1: {"prompt": "y"}}
     old = {"prompt": "old"}
     first, second = Rows(0, 0, [old] * 6), Rows(0, 6, [old] * 6)

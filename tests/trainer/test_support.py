@@ -1,4 +1,4 @@
-"""Log-probs in training are of the distribution that was sampled from: an unmoved policy has ratio 1."""
+"""Log-probs are of the distribution that was sampled from: an unmoved policy has ratio 1."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def ratios(trainer):
 
 @pytest.fixture
 def run(make_trainer):
-    """A run of one optimizer step, with what engine and policy compute in float64 as far as they can."""
+    """A run of one optimizer step, in float64 as far as engine and policy can."""
 
     def train(**options):
         options = {

@@ -365,7 +365,7 @@ def test_compute_loss_is_the_loss_that_is_trained_on(make_trainer):
 
 
 def test_gradients_of_a_step_are_those_of_the_paper(make_trainer):
-    """One SGD step on a fresh collection: grad = -sum_rows A / (L rows) sum_t d logp_t, written out here."""
+    """One SGD step on a fresh collection: grad = -sum_rows A / (L rows) sum_t d logp_t."""
     trainer = make_trainer(
         model=tiny_model(dtype=torch.float64),
         max_steps=1,
@@ -408,7 +408,7 @@ def test_gradients_of_a_step_are_those_of_the_paper(make_trainer):
 
 
 def test_in_mixed_precision_completions_are_sampled_in_it(make_trainer):
-    """The Trainer's own `compute_loss_context_manager` is empty: accelerate wraps the forward pass alone."""
+    """The Trainer's `compute_loss_context_manager` is empty: accelerate wraps only the forward."""
     engine = make_trainer(bf16=True, use_cpu=True).stages.engine
     with engine.shared.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
