@@ -214,9 +214,9 @@ class ResumableTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.keep_state()
-        told = [number for number in distributed.all_gather_objects(self.signals.noted) if number]
-        if told:
-            error = stopped_by(told[0])
+        noted = torch.tensor(self.signals.noted or 0)
+        if number := int(distributed.all_reduce(noted, "max")):
+            error = stopped_by(number)
             error.raised_on_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue] (a mark)
             raise error
 
@@ -262,6 +262,7 @@ class ResumableTrainer(Trainer):
             raise
 
         written = self.folder.unfinished / f"checkpoint-{step}"
+        distributed.any_rank(False)  # until then, other ranks may be writing
         with raise_on_all_ranks("finish the checkpoint"):
             if self.args.should_save:
                 self._note_best(written)

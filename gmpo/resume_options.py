@@ -11,6 +11,7 @@ from torch import nn
 from gmpo.checkpoint import DamagedCheckpoint, State, digest_of, read_manifest
 from gmpo.config import GRPOConfig
 from gmpo.data.loaders import PROMPT_COLUMNS
+from gmpo.sharding import WRAPPERS
 
 FIXED = {  # what the place in the data, or the optimizer's state, depends on
     "per_device_train_batch_size": "sizes of a checkpoint's collection",
@@ -35,10 +36,10 @@ PACKAGES = ("gmpo", "torch", "transformers", "accelerate", "peft")
 
 def facts_of(args: GRPOConfig, policy: nn.Module, dataset: Any) -> State:
     """Return what a manifest tells of a run: its options, model, data, ranks and versions."""
-    shapes = {
-        name: list(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in policy.named_parameters()
-    }
+    shapes = {}
+    for name, parameter in policy.named_parameters():
+        plain_name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        shapes[plain_name] = list(getattr(parameter, "ds_shape", parameter.shape))
     return {
         "options": {name: plain(value) for name, value in args.to_dict().items()},
         "ranks": args.world_size,
@@ -106,7 +107,7 @@ def apply_to_optimizer(
     changed = {name for name, value in saved.items() if options.get(name) != value}
     groups = getattr(optimizer, "param_groups", [])
 
-    for group, wanted in zip(groups, configured["groups"], strict=True):
+    for group, wanted in zip(groups, configured["groups"], strict=False):
         for option, keys in OF_GROUPS.items():
             for key in keys:
                 if option in changed and key in wanted:
