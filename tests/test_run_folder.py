@@ -1,5 +1,6 @@
 """Which checkpoint a resume takes, what moves aside, what is deleted, who may train in a folder."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,13 @@ import sys
 import pytest
 import torch
 
-from gmpo.checkpoint import DamagedCheckpoint, check_whole, finish_checkpoint
+from gmpo import checkpoint
+from gmpo.checkpoint import (
+    DamagedCheckpoint,
+    check_whole,
+    finish_checkpoint,
+    move_into_place,
+)
 from gmpo.run_folder import RunFolder, refuse_folder_of_model
 
 
@@ -157,6 +164,65 @@ def test_a_checkpoint_finished_before_a_crash_comes_into_its_place(folder):
     path.rename(folder.unfinished / "checkpoint-4")
     assert folder.newest_whole()[0] == str(folder.checkpoint(4))
     assert not folder.unfinished.exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_before(monkeypatch, number):
+    """Raise before the given operation on files, counted from 1; return the operations so far."""
+    done = []
+
+    def counted(name, operation):
+        def run(*arguments, **keywords):
+            done.append(name)
+            if len(done) == number:
+                raise Killed
+            return operation(*arguments, **keywords)
+
+        return run
+
+    for owner, name in (
+        (os, "replace"),
+        (checkpoint, "_sync"),
+        (checkpoint.shutil, "rmtree"),
+        (checkpoint.Path, "write_text"),
+        (checkpoint.Path, "unlink"),
+    ):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    return done
+
+
+def save_beside(folder, step):
+    """Save as the trainer does: into the folder of unfinished ones, then into the place."""
+    path = folder.unfinished / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(bytes([step]) * 100)
+    finish_checkpoint(path, {"run": folder.run, "step": step})
+    move_into_place(path, folder.checkpoint(step))
+    folder.keep_newest(1, best=None)
+
+
+@pytest.mark.parametrize("earlier", [2, 4], ids=["another step", "the same step"])
+def test_killed_before_any_operation_of_a_save_one_is_whole(tmp_path, monkeypatch, earlier):
+    number, done = 0, [None]
+    while len(done) > number - 1:
+        number += 1
+        folder = RunFolder(tmp_path / str(number))
+        folder.begin()
+        save(folder, earlier)
+        with monkeypatch.context() as patch:
+            done = kill_before(patch, number)
+            with contextlib.suppress(Killed):
+                save_beside(folder, 4)
+        path, manifest = folder.newest_whole()
+        assert manifest["step"] in (earlier, 4)
+        assert (folder.path / path / "weights").read_bytes() == bytes([manifest["step"]]) * 100
+        assert not list(folder.path.glob("_earlier*"))
+        if len(done) < number:
+            break
+    assert number > 10
 
 
 def test_a_folder_in_use_is_refused_to_another_process(folder):

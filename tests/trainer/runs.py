@@ -50,8 +50,8 @@ def outcome(trainer):
 
 
 def reference_of(trainer):
-    sync = trainer.stages.reference_sync
-    return None if sync is None else sync.state_dict()
+    state = trainer.stages.reference_state
+    return None if state is None else state.state_dict()
 
 
 def same(left, right):

@@ -119,6 +119,38 @@ def test_a_full_disk_names_the_folder_and_keeps_the_former(make_trainer, monkeyp
     check_whole(folder_of(run, 2))
 
 
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES = {
+    "missing": None,
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "a byte less": lambda content: content[:-1],
+    "a flipped bit": flipped,
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+def test_damage_of_any_file_is_named_and_the_one_before_taken(make_trainer, caplog):
+    moving = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    run = make_trainer(**SAVING | {"max_steps": 4}, **moving)
+    run.train()
+    files = [path for path in folder_of(run, 4).rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        for damage in DAMAGES.values():
+            path.unlink() if damage is None else path.write_bytes(damage(content))
+            caplog.clear()
+            assert run.folder.newest_whole()[0] == str(folder_of(run, 2)), path
+            assert path.name in caplog.text and str(folder_of(run, 4)) in caplog.text
+            path.write_bytes(content)
+    assert run.folder.newest_whole()[0] == str(folder_of(run, 4))
+
+
 # -- logs ----------------------------------------------------------------------------------------
 
 
