@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from gmpo.objective.check import questionable_options
 from gmpo.option import advice
 from gmpo.policy.load import load_tokenizer
 from gmpo.reward.functions import FunctionReward
+from gmpo.reward.reward_model import RewardModelSettings
 from gmpo.reward.types import RewardSource
 from gmpo.rollout.prompts.dataset import check_dataset
 from gmpo.rollout.prompts.encoder import PromptEncoder
@@ -281,3 +282,13 @@ def warn_if_nothing_is_sharded(args: GRPOConfig, *, is_sharded: bool) -> None:
             "the whole model.",
             stacklevel=4,  # past the check of the arguments
         )
+
+
+def reward_model_settings(args: GRPOConfig) -> RewardModelSettings:
+    """Return the options that reward models are loaded and run with."""
+    return RewardModelSettings(
+        init_kwargs=cast(dict[str, Any], args.model_init_kwargs),
+        trust_remote_code=args.trust_remote_code,
+        chat_template_kwargs=cast(dict[str, Any], args.chat_template_kwargs),
+        device=args.device,
+    )

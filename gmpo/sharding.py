@@ -1,9 +1,12 @@
 """Whole parameters and models out of the shards of FSDP2 and ZeRO-3."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 # Names of torch's wrappers in the module tree
@@ -125,3 +128,12 @@ def _unsharded(module: Any) -> Iterator[None]:
         for group, mesh in zip(groups, meshes, strict=True):
             group.post_forward_mesh_info = mesh
         module.reshard()
+
+
+def keep_sums_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 round neither a module's output nor sums of gradients to the layers' dtype."""
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )

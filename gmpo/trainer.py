@@ -7,7 +7,6 @@ completions to train on (`get_batch_samples`), and the gradient of a micro-batch
 chunk (`training_step`).
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -31,12 +30,13 @@ from gmpo.arguments import (
     checked_model,
     known_arguments_only,
     refuse_later_arguments,
+    reward_model_settings,
     tokenizer_of,
     usable_prompts,
     warn_if_nothing_is_sharded,
 )
 from gmpo.config import GMPOConfig, GRPOConfig
-from gmpo.data.loaders import evaluation_loader, kept_columns, training_loader
+from gmpo.data.loaders import evaluation_dataset, evaluation_loader, kept_columns, training_loader
 from gmpo.data.micro_batches import mixed_seed
 from gmpo.data.resample import ReplacementPrompts
 from gmpo.data.sampler import Rows, as_rows
@@ -48,10 +48,10 @@ from gmpo.report.jsonl import JsonlCallback
 from gmpo.report.model_card import write_model_card
 from gmpo.report.tables import set_tensorboard_folder
 from gmpo.resumable import ResumableTrainer, WholeSteps
-from gmpo.reward.reward_model import RewardModelSettings
 from gmpo.reward.sources import build_sources
 from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.run_folder import refuse_folder_of_model
+from gmpo.sharding import keep_sums_in_float32
 from gmpo.stages import BetweenSteps, Stages
 from gmpo.types import Statistics
 from gmpo.unwrap import is_adapted
@@ -131,17 +131,11 @@ class GRPOTrainer(ResumableTrainer):
         train_dataset, eval_dataset = usable_prompts(train_dataset, eval_dataset, self.encoder)
         self.collection_size = check_datasets(train_dataset, args)
 
-        reward_model_settings = RewardModelSettings(
-            init_kwargs=cast(dict, args.model_init_kwargs),
-            trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=cast(dict, args.chat_template_kwargs),
-            device=args.device,
-        )
         self.reward_sources = build_sources(
             reward_funcs,
             reward_processing_classes,
             settings=args,
-            model_settings=reward_model_settings,
+            model_settings=reward_model_settings(args),
         )
         check_reward_columns(self.reward_sources, train_dataset, args)
 
@@ -194,11 +188,7 @@ class GRPOTrainer(ResumableTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Keep logits and sums of gradients in float32, which FSDP2 would round."""
         super().create_accelerator_and_postprocess()
-        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
-            plugin.mixed_precision_policy = dataclasses.replace(
-                plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
-            )
+        keep_sums_in_float32(self.accelerator)
 
     def unwrapped_policy(self) -> PreTrainedModel:
         """Return the policy without DDP, DeepSpeed or compile around it; a PeftModel stays one."""
@@ -228,15 +218,8 @@ class GRPOTrainer(ResumableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return a loader of every prompt of a set, `eval_group_size` times in a row."""
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = cast(dict, self.eval_dataset)[dataset]
-        if dataset is None:
-            raise ValueError(
-                "Evaluation needs an eval_dataset. Pass one to the trainer or to evaluate()."
-            )
         return evaluation_loader(
-            self._kept(dataset),
+            self._kept(evaluation_dataset(eval_dataset, self.eval_dataset)),
             group_size=self.args.eval_group_size,
             rows_per_rank=self.args.per_device_eval_batch_size,
             args=self.args,

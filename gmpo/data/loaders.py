@@ -94,6 +94,22 @@ def training_loader(
     return loader, stream
 
 
+def evaluation_dataset(given: Any, datasets: Any) -> Any:
+    """Return the dataset to evaluate on: the one given, by itself or by its name, or the trainer's.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    dataset = datasets if given is None else given
+    if isinstance(dataset, str):
+        dataset = datasets[dataset]
+    if dataset is None:
+        raise ValueError(
+            "Evaluation needs an eval_dataset. Pass one to the trainer or to evaluate()."
+        )
+    return dataset
+
+
 def evaluation_loader(
     dataset: Any, *, group_size: int, rows_per_rank: int, args: TrainingArguments
 ) -> DataLoader:
