@@ -226,7 +226,7 @@ class GRPOTrainer(ResumableTrainer):
         )
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Return a loader of every prompt of `test_dataset`, as of an evaluation set."""
+        """Return a loader of `test_dataset`, as of an evaluation set."""
         return self.get_eval_dataloader(test_dataset)
 
     # -- one optimizer step ----------------------------------------------------------------------
@@ -391,9 +391,8 @@ class GRPOTrainer(ResumableTrainer):
                 *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
             output.metrics.update(self.stages.metrics.reduce(mode="eval", prefix=metric_key_prefix))
-            self.stages.completion_log.write(
-                step=self.state.global_step, mode="eval", label=metric_key_prefix
-            )
+            step = self.state.global_step
+            self.stages.completion_log.write(step=step, mode="eval", label=metric_key_prefix)
         return output
 
     # -- reports ---------------------------------------------------------------------------------
