@@ -1,5 +1,8 @@
 """A model that vLLM's kernels take and that starts in seconds, and what its log-probs must be."""
 
+from collections import Counter
+from dataclasses import replace
+
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -58,3 +61,46 @@ def base_weights(policy):
     return {
         name: p.detach().clone() for name, p in policy.named_parameters() if not p.requires_grad
     }
+
+
+class Conversations:
+    """Work of several turns: each sample is answered by a few tokens and goes on, `turns` times."""
+
+    def __init__(self, requests, *, turns=3, budget=6):
+        self.waiting = list(requests)
+        self.turns = turns
+        self.budget = budget
+        self.turn = Counter()  # by sample
+        self.open = 0
+        self.given = []  # (request, number, completion), in the order of finishing
+
+    def take(self, room, *, wait):
+        if not self.waiting and not self.open:
+            return None
+        taken, self.waiting = self.waiting[:room], self.waiting[room:]
+        self.open += sum(request.count for request in taken)
+        return taken
+
+    def give(self, request, number, completion):
+        self.open -= 1
+        self.given.append((request, number, completion))
+        first = request.first + number
+        sample = (id(request.prompt), first)
+        self.turn[sample] += 1
+        if self.turn[sample] < self.turns:
+            so_far = [*request.so_far, *completion.ids, 3, 9]
+            budget = self.budget + self.turn[sample]  # another one each turn
+            self.waiting.append(
+                replace(request, count=1, first=first, so_far=so_far, max_new_tokens=budget)
+            )
+
+
+def check_conversations(policy, work, samples, turns=3):
+    """Compare all log-probs with a plain pass over each whole conversation."""
+    assert len(work.given) == samples * turns
+    for request, _, completion in work.given:
+        before = [*request.prompt.ids, *request.so_far]
+        expected = trainer_logps(policy, [*before, *completion.ids])[len(before) - 1 :]
+        assert (torch.tensor(completion.logps) - expected).abs().max() < 1e-4
+        budget = request.max_new_tokens or work.budget
+        assert len(completion.ids) == budget or completion.ids[-1] == 1

@@ -19,7 +19,9 @@ from tests.vllm.small import (
     CPU,
     KINDS,
     SEQUENCES,
+    Conversations,
     base_weights,
+    check_conversations,
     distances,
     small_policy,
     train,
@@ -305,6 +307,28 @@ def test_weights_that_are_not_finite_end_the_run(start):
     engine.publish(1)
     with pytest.raises(VllmError, match="The logits are not finite"):
         engine.generate([request([5, 6])], Sampling(4))
+
+
+def test_samples_go_on_from_their_own_tokens(engine):
+    engine, policy = engine
+    requests = [request([5, 6], 3), request([7, 8, 9], 2, seed=8)]
+    work = Conversations(requests)
+    engine.serve(work, Sampling(6))
+    check_conversations(policy, work, samples=5)
+    whole = engine.generate(requests, Sampling(6))
+    first_turns = [
+        (number, c.ids) for it, number, c in work.given if it.prompt.ids == [5, 6] and not it.so_far
+    ]
+    assert sorted(first_turns) == list(enumerate([c.ids for c in whole[0]]))
+
+
+def test_what_fails_leaves_nothing_behind_in_the_batch(engine):
+    engine, _ = engine
+    too_long = request([5] * 60, 1)
+    with pytest.raises(ValueError, match="Raise vllm_max_model_length"):
+        engine.serve(Conversations([request([5, 6], 3), too_long]), Sampling(6))
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(engine.generate([request([5], 2)], Sampling(4))[0]) == 2
 
 
 def test_a_completion_ends_with_the_end_token_or_at_its_budget(engine):

@@ -20,7 +20,15 @@ from gmpo.trainer import GMPOTrainer
 from gmpo.types import Prompt
 from tests.tiny import tiny_tokenizer
 from tests.vllm.servers import PlainServer, Server, free_port
-from tests.vllm.small import base_weights, distances, small_policy, train, trainer_logps
+from tests.vllm.small import (
+    Conversations,
+    base_weights,
+    check_conversations,
+    distances,
+    small_policy,
+    train,
+    trainer_logps,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
@@ -107,6 +115,15 @@ def test_completions_and_their_log_probs(server):
         expected = trainer_logps(policy, [5, 6, *completion.ids], sampling.temperature)[1:]
         torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=0, atol=1e-4)
     assert it.generate([request([7], 2, seed=8)], sampling) == [groups[1]]
+
+
+def test_samples_go_on_from_their_own_tokens(server):
+    policy = small_policy(**LONG)
+    it = engine(server, policy)
+    it.publish(0)
+    work = Conversations([request([5, 6], 3), request([7, 8, 9], 2, seed=8)])
+    it.serve(work, Sampling(6))
+    check_conversations(policy, work, samples=5)
 
 
 def test_prompts_that_do_not_fit_into_one_batch_wait(server):

@@ -1,9 +1,11 @@
 """vLLM in the training process: one engine per rank, or per group of ranks that share it."""
 
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo import distributed
 from gmpo.distributed import raise_on_all_ranks
-from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.rollout.engine import Completion, Request, Sampling, Work
 from gmpo.rollout.exactness import ExactnessCheck, prompt_logps
 from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.sampling import sampling_from
@@ -26,11 +28,13 @@ from gmpo.rollout.vllm.llm import (
     stop_engine,
 )
 from gmpo.rollout.vllm.sampling import (
+    GRAMMAR,
     GREEDY,
     VllmSampling,
     check_room,
     completion,
-    engine_seed,
+    prompt_ids,
+    request_options,
     vllm_sampling,
 )
 from gmpo.rollout.vllm.transfer.carriers import ByReference
@@ -45,6 +49,9 @@ from gmpo.rollout.weights.named import description
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams  # pyright: ignore[reportAttributeAccessIssue] (an extra)
     from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+REMEDY = "Raise vllm_max_model_length"
 
 
 class ColocatedEngine:
@@ -66,6 +73,8 @@ class ColocatedEngine:
         ImportError: vLLM is not installed.
         ValueError: vllm_tensor_parallel_size does not divide the ranks.
     """
+
+    overlaps = False  # the engine and the trainer share a GPU, and vLLM rewires this process
 
     def __init__(
         self,
@@ -210,27 +219,63 @@ class ColocatedEngine:
         """
         mine, everything = self._requests_of_group(requests)
         options = self._sampling(sampling)
-        check_room(everything, options.options, self.longest, remedy="Raise vllm_max_model_length")
+        check_room(everything, options.options, self.longest, remedy=REMEDY)
 
         self._wake("weights", "kv_cache")
         self._scale_logits(options.logits_scale)
         outputs: list[RequestOutput] = []
         if everything:
-            prompts = [request.prompt.ids for request in everything]
+            prompts = [prompt_ids(request) for request in everything]
             outputs = self._run(prompts, self._params(everything, options))
         if self.settings.vllm_enable_sleep_mode:
             self._sleep()
 
-        token_sets = self.reports["return_sampling_mask"]
-        report = options.is_reported(self.reports["logprobs_mode"], token_sets=token_sets)
-        token_sets = token_sets and report
+        report, token_sets = self._reported(options)
+        return [
+            checked_completions(output, report=report, token_sets=token_sets)
+            for output in outputs[mine]
+        ]
+
+    def serve(self, work: Work, sampling: Sampling) -> None:
+        """Serve until there is no more work: each sample joins vLLM's batch and leaves it by itself.
+
+        Raises:
+            VllmError: vLLM gave up on a sample, or it can't be trained on.
+            ValueError: A request does not fit, or ranks share this engine.
+        """
+        if self.settings.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                "Ranks that share an engine (vllm_tensor_parallel_size > 1) must all know what is "
+                "asked for, and can't serve requests as they come. Use vllm_mode='server'."
+            )
+        options = self._sampling(sampling)
+        self._wake("weights", "kv_cache")
+        self._scale_logits(options.logits_scale)
+        batch = Batch(self.open_llm.llm_engine, self.adapter)
         try:
-            return [
-                completions(output, report=report, token_sets=token_sets)
-                for output in outputs[mine]
-            ]
-        except ValueError as error:
-            raise VllmError(f"vLLM returned a malformed completion: {error}.") from None
+            self._serve(work, options, batch)
+        finally:
+            batch.abort()
+            if self.settings.vllm_enable_sleep_mode:
+                self._sleep()
+
+    def _serve(self, work: Work, options: VllmSampling, batch: "Batch") -> None:
+        llm_engine = self.open_llm.llm_engine
+        most = llm_engine.vllm_config.scheduler_config.max_num_seqs
+        report, token_sets = self._reported(options)
+        over = False
+        while batch.samples or not over:
+            room = most - len(batch.samples)
+            if room > 0 and not over:
+                taken = work.take(room, wait=not batch.samples)
+                over = taken is None
+                for request in taken or ():
+                    check_room([request], options.options, self.longest, remedy=REMEDY)
+                    batch.add(request, self._params(single_samples(request), options))
+
+            for request, number, output in batch.step():
+                (completion,) = checked_completions(output, report=report, token_sets=token_sets)
+                work.give(request, number, completion)
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -242,6 +287,12 @@ class ColocatedEngine:
     def _sampling(self, sampling: Sampling) -> VllmSampling:
         regex = self.settings.vllm_structured_outputs_regex
         return vllm_sampling(sampling, eos=self.eos, regex=regex)
+
+    def _reported(self, options: VllmSampling) -> tuple[bool, bool]:
+        """Return whether to use the engine's log-probs, and its sets of tokens."""
+        token_sets = self.reports["return_sampling_mask"]
+        report = options.is_reported(self.reports["logprobs_mode"], token_sets=token_sets)
+        return report, token_sets and report
 
     def _params(
         self, requests: Sequence[Request], sampling: VllmSampling
@@ -334,17 +385,75 @@ def sampling_params(requests: Sequence[Request], options: dict[str, Any]) -> lis
         options: What they share.
     """
     from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue] (an extra)
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    options = dict(options)
-    grammar = options.get("structured_outputs")
+    # One answer for each request, when all of its samples are finished.
+    options = {**options, "output_kind": RequestOutputKind.FINAL_ONLY}
+    grammar = options.get(GRAMMAR)
     if isinstance(grammar, dict):
-        options["structured_outputs"] = StructuredOutputsParams(**grammar)
+        options[GRAMMAR] = StructuredOutputsParams(**grammar)
 
+    return [SamplingParams(**request_options(request, options)) for request in requests]
+
+
+def single_samples(request: Request) -> list[Request]:
+    """Return a request for each sample, with the seed that it has among the others."""
     return [
-        SamplingParams(**options, n=request.count, seed=engine_seed(request), logprobs=0)
-        for request in requests
+        replace(request, count=1, first=request.first + number) for number in range(request.count)
     ]
+
+
+class Batch:
+    """The samples that vLLM is writing.
+
+    Args:
+        llm_engine: vLLM's.
+        adapter: The adapter that writes them.
+    """
+
+    def __init__(self, llm_engine: "LLMEngine", adapter: "LoRARequest | None") -> None:
+        self.llm_engine = llm_engine
+        self.adapter = adapter
+        self.samples: dict[str, tuple[Request, int]] = {}  # by vLLM's name for them
+        self.names = itertools.count()
+
+    def add(self, request: Request, params: Sequence["SamplingParams"]) -> None:
+        """Let the samples of a request join, each with its own options."""
+        prompt: Any = {"prompt_token_ids": prompt_ids(request)}
+        with preserve_rng():
+            for number, own in enumerate(params):
+                name = f"gmpo-{next(self.names)}"
+                self.llm_engine.add_request(name, prompt, own, lora_request=self.adapter)
+                self.samples[name] = (request, number)
+
+    def step(self) -> list[tuple[Request, int, "RequestOutput"]]:
+        """Write a token of each sample, and return those that are finished by it."""
+        if not self.samples:
+            return []
+        with preserve_rng():
+            outputs: list[Any] = self.llm_engine.step()
+        finished = [output for output in outputs if output.finished]
+        return [(*self.samples.pop(output.request_id), output) for output in finished]
+
+    def abort(self) -> None:
+        """End the samples that are left."""
+        if self.samples:
+            self.llm_engine.abort_request(list(self.samples))
+            self.samples = {}
+
+
+def checked_completions(
+    output: "RequestOutput", *, report: bool, token_sets: bool
+) -> list[Completion]:
+    """Return the samples of one request.
+
+    Raises:
+        VllmError: One can't be trained on.
+    """
+    try:
+        return completions(output, report=report, token_sets=token_sets)
+    except ValueError as error:
+        raise VllmError(f"vLLM returned a malformed completion: {error}.") from None
 
 
 def completions(output: "RequestOutput", *, report: bool, token_sets: bool) -> list[Completion]:

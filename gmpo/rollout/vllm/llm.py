@@ -142,7 +142,7 @@ def check_values(sampling: VllmSampling) -> None:
     options = {name: value for name, value in sampling.options.items() if name != GRAMMAR}
     try:
         SamplingParams(**options)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # vLLM has its own kinds
         raise ValueError(
             f"vLLM refuses the sampling options {options}: {error} Change generation_kwargs."
         ) from None

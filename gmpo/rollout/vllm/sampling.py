@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from gmpo.data.micro_batches import mixed_seed
 from gmpo.rollout.engine import Completion, Request, Sampling
 from gmpo.token_sets import TokenSets
 
@@ -212,7 +213,30 @@ def engine_seed(request: Request) -> int:
         `first` = 2, so for the seed 79, and vLLM draws them with 79 and 80, as it draws samples 2
         and 3 of the whole group.
     """
-    return request.seed % SEEDS + request.first
+    seed = request.seed % SEEDS + request.first
+    if request.so_far:  # else each turn of a sample would have the random numbers of its first
+        seed = mixed_seed(seed, len(request.so_far)) % SEEDS
+    return seed
+
+
+def prompt_ids(request: Request) -> list[int]:
+    """Return the tokens that vLLM goes on from."""
+    return [*request.prompt.ids, *request.so_far]
+
+
+def request_options(request: Request, shared: dict[str, Any]) -> dict[str, Any]:
+    """Return vLLM's options for one request.
+
+    Args:
+        request: With its count, seed, budget and stop texts.
+        shared: Those of all requests.
+    """
+    options = {**shared, "n": request.count, "seed": engine_seed(request), "logprobs": 0}
+    if request.max_new_tokens is not None:
+        options["max_tokens"] = request.max_new_tokens
+    if request.stop:
+        options["stop"] = [*shared.get("stop", ()), *request.stop]
+    return options
 
 
 def check_room(
@@ -227,11 +251,13 @@ def check_room(
         remedy: What the user can do about `longest`.
     """
     for request in requests:
-        needed = len(request.prompt.ids) + options["max_tokens"]
+        budget = request_options(request, options)["max_tokens"]
+        given = len(request.prompt.ids) + len(request.so_far)
+        needed = given + budget
         if needed > longest:
             raise ValueError(
-                f"A prompt of {len(request.prompt.ids)} tokens and a completion of up to "
-                f"{options['max_tokens']} make {needed}, and vLLM takes {longest}. {remedy}, lower "
+                f"A prompt of {given} tokens and a completion of up to "
+                f"{budget} make {needed}, and vLLM takes {longest}. {remedy}, lower "
                 "max_completion_length, or drop the prompt, which begins "
                 f"{str(request.prompt.source)[:80]!r}."
             )

@@ -2,8 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,19 +14,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo import distributed
 from gmpo.distributed import RankError, raise_on_all_ranks
-from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.rollout.engine import Completion, Request, Sampling, Work
 from gmpo.rollout.exactness import ExactnessCheck, prompt_logps
 from gmpo.rollout.generation_mode import Autocast
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.client import Client
 from gmpo.rollout.vllm.http.fleet import Fleet
+from gmpo.rollout.vllm.http.pull import Homes, pull
 from gmpo.rollout.vllm.http.samples import finished_samples
 from gmpo.rollout.vllm.sampling import (
     GREEDY,
     VllmSampling,
     check_room,
-    engine_seed,
+    prompt_ids,
+    request_options,
     vllm_sampling,
 )
 from gmpo.rollout.vllm.transfer.carriers import (
@@ -72,6 +74,8 @@ class ServerEngine:
         VllmError: On every rank, if a server does not come within vllm_server_timeout, or can't be
             used.
     """
+
+    overlaps = True  # the servers have copies of the weights, and this process only waits
 
     def __init__(
         self,
@@ -276,18 +280,36 @@ class ServerEngine:
                 published.
             ValueError: On every rank, if a request of this rank can't be asked for.
         """
-        options = vllm_sampling(
-            sampling, eos=self.eos, regex=self.settings.vllm_structured_outputs_regex
-        )
-        done: Samples = [[None] * request.count for request in requests]
+        options = self._sampling(sampling)
+        work = MissingSamples(requests)
+        homes = Homes(self.fleet.clients, start=distributed.rank())
 
-        def work() -> None:
+        def ask_for_missing() -> None:
             with raise_on_all_ranks("get completions from the vLLM server"):
-                self._scale_logits(options)
-                self._fill(done, requests, options)
+                remedy = "Serve with a larger --max-model-len"
+                check_room(requests, options.options, self.fleet.longest, remedy=remedy)
+                work.look_again()
+                self._pull(work, options, homes)
 
-        self._persist(work)
-        return [[sample for sample in samples if sample is not None] for samples in done]
+        self._persist(ask_for_missing)
+        return work.completions()
+
+    def serve(self, work: Work, sampling: Sampling) -> None:
+        """Serve until there is no more work.
+
+        Requests join as they come; those of one group go to one server, which keeps what it has
+        read of them.  Holds no collective: it may run in a thread while the trainer learns.
+
+        Raises:
+            VllmError: A server failed, or answered from other weights than were published.
+            ValueError: A request can't be asked for.
+        """
+        homes = Homes(self.fleet.clients, start=distributed.rank())
+        self._pull(work, self._sampling(sampling), homes)
+
+    def _sampling(self, sampling: Sampling) -> VllmSampling:
+        regex = self.settings.vllm_structured_outputs_regex
+        return vllm_sampling(sampling, eos=self.eos, regex=regex)
 
     def _scale_logits(self, options: VllmSampling) -> None:
         """Set the servers' logit scale (see `sampling`).
@@ -298,45 +320,24 @@ class ServerEngine:
             self.fleet.init_weight_transfer_engine({"logits_scale": options.logits_scale})
             self.scale = options.logits_scale
 
-    def _fill(self, done: Samples, requests: Sequence[Request], options: VllmSampling) -> None:
-        """Put the samples that are missing into `done`, each as soon as it is finished.
-
-        Raises:
-            VllmError: A server failed.  Samples that others finished meanwhile are in `done`.
-        """
-        check_room(
-            requests,
-            options.options,
-            self.fleet.longest,
-            remedy="Serve with a larger --max-model-len",
-        )
+    def _pull(self, work: Work, options: VllmSampling, homes: Homes) -> None:
         self._params(options)  # raises what is wrong with them before anything is asked for
-        missing = missing_samples(done, requests, at_most=self.fleet.max_num_seqs)
-        if not missing:
-            return
+        self._scale_logits(options)
+        pull(
+            work,
+            partial(self._complete, options),
+            homes,
+            at_a_time=AT_A_TIME,
+            samples_per_request=self.fleet.max_num_seqs,
+            on_error=self._end_others,
+        )
 
-        servers = self.fleet.clients
-        pool = ThreadPoolExecutor(max_workers=min(AT_A_TIME, len(missing)))
-        try:
-            futures = []
-            for number, request in missing:
-                client = servers[(number + distributed.rank()) % len(servers)]
-                samples, start = done[number], request.first - requests[number].first
-                fill = partial(self._complete, client, request, options, samples, start)
-                futures.append(pool.submit(fill))
-            for future in as_completed(futures):
-                future.result()
-        except BaseException as error:
-            # Cancel first, or others would begin in the place of those that are cut.
-            pool.shutdown(wait=False, cancel_futures=True)
-            # If a lost server is waited for, samples of the others are still of use.
-            patient = self.settings.vllm_server_reconnect > 0 and getattr(error, "lost", False)
-            if not patient:
-                for client in servers:
-                    client.channel.hang_up()
-            raise
-        finally:
-            pool.shutdown(wait=True)
+    def _end_others(self, error: BaseException) -> None:
+        """End the requests that still wait, unless their samples will be of use."""
+        lost = getattr(error, "lost", False)
+        if not lost or not self.settings.vllm_server_reconnect:
+            for client in self.fleet.clients:
+                client.channel.hang_up()
 
     def _params(self, options: VllmSampling) -> tuple[dict[str, Any], bool]:
         """Return the sampling options for these servers, and whether to use their log-probs.
@@ -353,22 +354,22 @@ class ServerEngine:
         return params, report
 
     def _complete(
-        self,
-        client: Client,
-        request: Request,
-        options: VllmSampling,
-        samples: list[Completion | None],
-        start: int,
-    ) -> None:
-        """Put the completions of one request, from one server, into `samples[start:]`."""
+        self, options: VllmSampling, client: Client, request: Request
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield the number of each sample of a request, and the sample."""
+        check_room(
+            [request],
+            options.options,
+            self.fleet.longest,
+            remedy="Serve with a larger --max-model-len",
+        )
         params, report = self._params(options)
         token_sets = report and options.reports["return_sampling_mask"]
-        own = {"n": request.count, "seed": engine_seed(request), "logprobs": 0}
         parts = client.complete(
             {
-                "token_ids": request.prompt.ids,
+                "token_ids": prompt_ids(request),
                 "model": self.adapter,
-                "sampling_params": {**params, **own},
+                "sampling_params": request_options(request, params),
             }
         )
         try:
@@ -376,7 +377,7 @@ class ServerEngine:
                 completion = sample.finished(report=report, token_sets=token_sets)
                 if sample.ids:
                     self._check_version(client, sample.versions)
-                samples[start + number] = completion
+                yield number, completion
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VllmError(
                 f"{client.address} returned a malformed completion: {error!r}."
@@ -396,29 +397,61 @@ class ServerEngine:
         self.folder.close()
 
 
-def missing_samples(
-    done: Samples, requests: Sequence[Request], *, at_most: int
-) -> list[tuple[int, Request]]:
-    """Return requests for the samples that are missing, each with the number of its group.
+class MissingSamples:
+    """The samples of some requests that have not come yet, as work.
 
     Args:
-        done: The samples of each request so far, None where one is missing.
-        requests: What was asked for.
-        at_most: Samples that a server takes per request.
+        requests: All of them.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.samples: Samples = [[None] * request.count for request in requests]
+        # Requests for what is missing, with the places where their samples belong.
+        self.waiting: deque[Request] = deque()
+        self.places: dict[int, tuple[list[Completion | None], int]] = {}
+
+    def look_again(self) -> None:
+        """Make requests for the samples that are missing now."""
+        self.places = {}
+        self.waiting = deque()
+        for samples, request in zip(self.samples, self.requests, strict=True):
+            for start, part in missing_parts(samples, request):
+                self.waiting.append(part)
+                self.places[id(part)] = (samples, start)
+
+    def take(self, room: int, *, wait: bool) -> list[Request] | None:
+        if not self.waiting:
+            return None
+        return [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
+
+    def give(self, request: Request, number: int, completion: Completion) -> None:
+        samples, start = self.places[id(request)]
+        samples[start + number] = completion
+
+    def completions(self) -> list[list[Completion]]:
+        """Return the samples of each request."""
+        return [[sample for sample in samples if sample is not None] for samples in self.samples]
+
+
+def missing_parts(
+    samples: Sequence[Completion | None], request: Request
+) -> Iterator[tuple[int, Request]]:
+    """Yield requests for the samples that are missing, each with the place of its first one.
+
+    Args:
+        samples: Of the request, None where one is missing.
+        request: For all of them.
 
     Example:
-        A request for 6 samples from number 8 on, of which the third has come, at most 2 at a time:
-        requests for 2 from 8 on, 2 from 11 on, and 1 from 13 on.
+        A request for 6 samples from number 8 on, of which the third has come: (0, 2 from 8 on) and
+        (3, 3 from 11 on).
     """
-    result = []
-    for number, (samples, request) in enumerate(zip(done, requests, strict=True)):
-        start = 0
-        while start < len(samples):
-            end = start
-            while end < min(len(samples), start + at_most) and samples[end] is None:
-                end += 1
-            if end > start:
-                part = replace(request, count=end - start, first=request.first + start)
-                result.append((number, part))
-            start = max(end, start + 1)
-    return result
+    start = 0
+    while start < len(samples):
+        end = start
+        while end < len(samples) and samples[end] is None:
+            end += 1
+        if end > start:
+            yield start, replace(request, count=end - start, first=request.first + start)
+        start = end + 1

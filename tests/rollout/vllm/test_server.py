@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -456,7 +457,7 @@ def test_with_reconnect_only_the_missing_samples_of_a_group_are_asked_for():
             if path == GENERATE and body.get("stream")
         ]
     assert len(completions) == 4
-    assert asked == [(4, 50), (1, 50), (2, 52)]
+    assert asked[0] == (4, 50) and sorted(asked[1:]) == [(1, 50), (2, 52)]
 
 
 def test_a_group_larger_than_a_server_takes_is_asked_for_in_parts():
@@ -553,3 +554,103 @@ def test_with_reconnect_a_server_that_fails_again_and_again_ends_the_run():
         with pytest.raises(VllmError, match="broke off"):
             it.generate([request(3)], SAMPLING)
         assert server.count(GENERATE) == before + 4
+
+
+# -- requests as they come ---------------------------------------------------------------------------
+
+
+class Conversations:
+    """Samples of two turns: what a sample has written is answered by token 9, and it goes on."""
+
+    def __init__(self, requests):
+        self.waiting = list(requests)
+        self.open = 0
+        self.given = []
+        self.rooms = []
+
+    def take(self, room, *, wait):
+        self.rooms.append(room)
+        if not self.waiting and not self.open:
+            return None
+        taken, self.waiting = self.waiting[:room], self.waiting[room:]
+        self.open += sum(it.count for it in taken)
+        return taken
+
+    def give(self, request, number, completion):
+        self.open -= 1
+        self.given.append((tuple(request.so_far), number, tuple(completion.ids)))
+        if not request.so_far:
+            so_far = [*completion.ids, 9]
+            first = request.first + number
+            self.waiting.append(replace(request, count=1, first=first, so_far=so_far))
+
+
+def streamed(server):
+    return [body for path, body in server.requests if path == GENERATE and body.get("stream")]
+
+
+def test_samples_go_on_from_their_own_tokens_as_soon_as_they_are_finished():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        work = Conversations([request(3, 4, count=2, seed=50)])
+        it.serve(work, SAMPLING)
+        bodies = streamed(server)
+    first, *others = work.given
+    assert first == ((), 0, (4, 0, 1))
+    assert ((), 1, (4, 1, 1)) in others and ((4, 1, 1, 9), 0, (9, 0, 1)) in others
+    assert len(work.given) == 4
+    assert sorted(body["token_ids"] for body in bodies) == [
+        [3, 4],
+        [3, 4, 4, 0, 1, 9],
+        [3, 4, 4, 1, 1, 9],
+    ]
+    seeds = [body["sampling_params"]["seed"] for body in bodies]
+    assert len({*seeds, seeds[0] + 1}) == 4  # no turn has the random numbers of another
+
+
+def test_a_request_has_its_own_budget_and_ends():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        own = replace(request(3, count=1), max_new_tokens=5, stop=["</tool_call>"])
+        it.generate([own, request(4, count=1)], Sampling(8, extra={"stop": ["END"]}))
+        params = {body["token_ids"][0]: body["sampling_params"] for body in streamed(server)}
+    assert params[3]["max_tokens"] == 5 and params[3]["stop"] == ["END", "</tool_call>"]
+    assert params[4]["max_tokens"] == 8 and params[4]["stop"] == ["END"]
+
+
+def test_a_group_stays_with_its_server_also_when_it_goes_on():
+    with FakeVllm() as one, FakeVllm() as other:
+        it = engine(one, other)
+        it.publish(0)
+        it.serve(Conversations([request(n, count=2) for n in (3, 4, 5)]), SAMPLING)
+    assert {ids[0] for ids in prompts_of(one)} == {3, 5}
+    assert {ids[0] for ids in prompts_of(other)} == {4}
+
+
+def test_finished_samples_are_given_although_another_fails():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+
+        def lost_after_the_first(handler):
+            (_, body) = server.requests[-1]
+            parts = events_of({"choices": server.all_choices(body)})
+            stream(handler, [*parts[:2], parts[2]], end=False)
+
+        server.answers[GENERATE] = lost_after_the_first
+        work = Conversations([])
+        work.waiting = [request(3, count=2)]
+        with pytest.raises(VllmError, match="broke off"):
+            it.serve(work, SAMPLING)
+    assert ((), 0, (3, 0, 1)) in work.given
+
+
+def test_a_sample_that_no_longer_fits_is_told_with_all_of_its_tokens():
+    with FakeVllm() as server:
+        it = engine(server)
+        it.publish(0)
+        long = replace(request(3, count=1), so_far=[4] * 120)
+        with pytest.raises(ValueError, match="A prompt of 121 tokens and a completion of up to 8"):
+            it.serve(Conversations([long]), SAMPLING)
