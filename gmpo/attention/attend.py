@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmpo.attention import flex, varlen
 from gmpo.attention.kernels import AttentionParams, attend_to, attend_to_backward, bias_of
 from gmpo.attention.merge import drain, merge, sink_gradient
 from gmpo.attention.segments import Call, Reach, Segments
@@ -28,6 +29,10 @@ def attend(
         [L, Hq, D].
     """
     with torch.autocast(query.device.type, enabled=False):
+        if varlen.serves(query, value, reach, params):
+            return varlen.varlen_attention(query, key, value, segments, reach, params)
+        if flex.serves(query, value):
+            return flex.flex_attention_of(query, key, value, segments, reach, params)
         return _Attention.apply(query, key, value, params.sinks, segments.calls(reach), params)
 
 

@@ -5,11 +5,14 @@ it.  Positions count from 0 at each prompt's start, and each completion goes on 
 ends, so that a token sees consecutive positions as if its row stood by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 QUERIES = 256  # of one piece, where a layer does not see everything
 
@@ -247,11 +250,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """A row of trees, and the calls of a kernel that it takes, by reach."""
+    """A row of trees, and what kernels need of it, made once."""
 
     trees: tuple[Tree, ...]
     device: torch.device
-    _calls: dict[Reach, list[Call]] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -260,13 +263,20 @@ class Segments:
 
     def calls(self, reach: Reach) -> list[Call]:
         """Return the calls for a layer: each token's own run first, then the prompts."""
-        if reach not in self._calls:
-            own, prompts = pieces(self.trees, reach)
-            self._calls[reach] = [
-                *_stacked(own, reach, self.device, onto_prompt=False),
-                *_stacked(prompts, reach, self.device, onto_prompt=True),
-            ]
-        return self._calls[reach]
+        return self.remembered(("calls", reach), lambda: self._make_calls(reach))
+
+    def remembered(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what `make` makes of the row, the first time; layers and passes share it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _make_calls(self, reach: Reach) -> list[Call]:
+        own, prompts = pieces(self.trees, reach)
+        return [
+            *_stacked(own, reach, self.device, onto_prompt=False),
+            *_stacked(prompts, reach, self.device, onto_prompt=True),
+        ]
 
 
 def pieces(trees: Sequence[Tree], reach: Reach) -> tuple[list[Piece], list[Piece]]:

@@ -1,4 +1,4 @@
-"""Attention written out with a mask, in the dtype of its inputs: what everything here is compared with."""
+"""Attention written out with a mask, in the dtype of its inputs."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from gmpo.attention.segments import Reach, Tree
 
 
 def visible(trees: list[Tree], reach: Reach) -> Tensor:
-    """Return [L, L], true where the query sees the key: by the definition, pair by pair."""
+    """Return [L, L], true where the query sees the key: by the definition, for all pairs."""
     tokens = [
         (number, branch, position)
         for number, tree in enumerate(trees)
         for branch, start, length in branches(tree)
         for position in range(start, start + length)
     ]
-    seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for q, (tree, branch, position) in enumerate(tokens):
-        for k, (other_tree, other_branch, other) in enumerate(tokens):
-            on_path = other_tree == tree and other_branch in (0, branch)
-            near = reach.window is None or other > position - reach.window
-            alike = reach.chunk is None or other // reach.chunk == position // reach.chunk
-            seen[q, k] = on_path and other <= position and near and alike
+    tree, branch, position = torch.tensor(tokens).T
+    on_path = (branch == 0) | (branch == branch[:, None])
+    seen = (tree == tree[:, None]) & on_path & (position <= position[:, None])
+    if reach.window is not None:
+        seen &= position > position[:, None] - reach.window
+    if reach.chunk is not None:
+        seen &= position // reach.chunk == position[:, None] // reach.chunk
     return seen
 
 
