@@ -176,7 +176,11 @@ def learner(channel: Any, *, side: str, model: str, batch: str, options: dict[st
         batch: Safetensors file: "prompts" [1, P], "completions" [B, T] padded with 0, "lengths" [B], "advantages" [B].
     """
     trainer = make_trainer(
-        side, model=model, prompts=["a"], reward=lambda ids, **_: [0.0] * len(ids), options=options
+        side,
+        model=model,
+        prompts=["a"],
+        reward=lambda prompts, **_: [0.0] * len(prompts),
+        options=options,
     )
     trainer.current_gradient_accumulation_steps = 1
     wrapped = trainer.accelerator.prepare_model(trainer.model)

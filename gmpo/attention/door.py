@@ -53,7 +53,7 @@ def reach_of(module: Any, keywords: dict[str, Any]) -> Reach:
 
 
 def configured_window(module: Any) -> int | None:
-    """Return the window of a layer that tells it only to its mask, as Qwen2-MoE's and Phi-MoE's do."""
+    """Return the window of a layer that tells it only to its mask, as Qwen2-MoE's do."""
     if not hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask"):
         return None  # the config may have a window all the same, which the model leaves alone
     kind = layer_kind(module)

@@ -115,7 +115,11 @@ def _overlap(start: int, length: int, size: int, count: int) -> Tensor:
 
 
 def _ordered(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return how many blocks each query block meets, [1, 1, n], and which, those first, [1, 1, n, n]."""
+    """Return how many blocks each query block meets, and all blocks with those first.
+
+    Returns:
+        [1, 1, n] and [1, 1, n, n] int32.
+    """
     number = chosen.sum(-1, dtype=torch.int32)
     order = torch.sort(chosen.int(), dim=-1, descending=True, stable=True).indices.int()
     return number[None, None].to(device), order[None, None].to(device)
@@ -160,7 +164,7 @@ def _numbers(segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.cache
 def _capped(cap: float) -> Callable[..., Tensor]:
-    """Return the function that bounds scores; one object for each bound, so that it is compiled once."""
+    """Return the function that bounds scores: one object for each bound, which is compiled once."""
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return torch.tanh(score / cap) * cap

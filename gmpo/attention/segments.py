@@ -153,7 +153,7 @@ def prompt_pieces(completions: Sequence[Run], reach: Reach) -> list[Piece]:
 
 
 def _reaching_pieces(run: Run, reach: Reach) -> list[Piece]:
-    """Return the pieces in which those tokens of a completion that see a part of its prompt see it."""
+    """Return the pieces in which a completion sees what is near enough of its prompt."""
     prompt = run.position
     seeing = [step for step in range(run.length) if reach.first(prompt + step) < prompt]
     pieces = []
@@ -178,7 +178,7 @@ def seen(piece: Piece, reach: Reach) -> Tensor:
     """Return [num_queries, num_keys], true where the query sees the key.
 
     Example:
-        queries at positions 3, 4 and keys at positions 2, 3, 4 with window 2 -> [[1, 1, 0], [0, 1, 1]]
+        queries at positions 3, 4, keys at 2, 3, 4, window 2 -> [[1, 1, 0], [0, 1, 1]]
     """
     if piece.kind == "full":
         return torch.ones(piece.num_queries, piece.num_keys, dtype=torch.bool)
@@ -205,7 +205,8 @@ class Places:
         """Return the places of pieces that begin at `starts`.
 
         Example:
-            starts [4, 7], length 3 -> 4..9 as one span; starts [4, 8], length 3 -> 4, 5, 6, 8, 9, 10
+            starts [4, 7], length 3 -> 4..9 as one span
+            starts [4, 8], length 3 -> index 4, 5, 6, 8, 9, 10
         """
         if list(starts) == [starts[0] + number * length for number in range(len(starts))]:
             return cls(len(starts), length, starts[0])

@@ -31,7 +31,7 @@ def branches(tree: Tree) -> list[tuple[int, int, int]]:
 
 
 def dense_attention(query, key, value, seen, *, scale, softcap=None, sinks=None):
-    """Return attention of [q, Hq, D] queries to [k, Hk, D] keys, and its log-sum-exp with the sinks, [q, Hq]."""
+    """Return attention of [q, Hq, D] queries to [k, Hk, D] keys, and its log-sum-exp, [q, Hq]."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = torch.einsum("qhd,khd->qhk", query, key) * scale

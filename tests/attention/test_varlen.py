@@ -23,7 +23,7 @@ def test_the_sequences_of_a_small_row():
 
 
 def one_by_one(query, key, value, query_ends, key_ends, max_q, max_k, **options):
-    """What `varlen_attn` documents: windows (left, right) around the diagonal that ends at the end."""
+    """What `varlen_attn` documents: windows (left, right) of a diagonal aligned at the end."""
     outputs = []
     starts = zip(query_ends.tolist(), key_ends.tolist(), strict=True)
     ends = zip(query_ends.tolist()[1:], key_ends.tolist()[1:], strict=True)

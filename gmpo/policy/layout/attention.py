@@ -43,7 +43,7 @@ class SegmentInputs:
 
 @contextmanager
 def attention_by_segments(model: nn.Module, segments: Segments) -> Iterator[dict[str, Any]]:
-    """Within the block `model` attends by `segments`, if it is called with the keywords that are yielded."""
+    """Let `model` attend by `segments` in a call with the keywords that are yielded."""
     _prepare_layers(model)
     with switched(model, NAME) as names:
         # transformers' sdpa leaves soft caps out, and so do we, to compute what the model computes.
@@ -63,11 +63,12 @@ def attention_dropout(model: nn.Module) -> float:
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that transformers calls with a layer number and a config, as attention is."""
+    """Return the modules with a layer number and a config, as attention layers have them."""
     return [
         module
         for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "config")
+        if hasattr(module, "layer_idx")
+        and hasattr(getattr(module, "config", None), "_attn_implementation_internal")
     ]
 
 
@@ -82,7 +83,7 @@ def segment_attention(
     dropout: float = 0.0,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention by the segments among the keywords, as transformers calls attention functions.
+    """Return attention by the segments among the keywords; transformers calls it.
 
     Args:
         query: [1, Hq, L, D].
@@ -96,8 +97,8 @@ def segment_attention(
         raise ValueError("the model does not hand keywords on to its attention")
     if dropout:
         raise ValueError(
-            f"attention drops weights at the rate {dropout:g}, which only batch_layout='padded' can. "
-            "Set disable_dropout=True."
+            f"attention drops weights at the rate {dropout:g}, which only batch_layout='padded' "
+            "can. Set disable_dropout=True."
         )
 
     params = AttentionParams(
@@ -121,7 +122,7 @@ def segment_attention(
 ALL_ATTENTION_FUNCTIONS.register(NAME, segment_attention)
 
 
-# -- layers that are computed again ------------------------------------------------------------------
+# -- layers that are computed again --------------------------------------------------------------
 
 _prepared: WeakSet[nn.Module] = WeakSet()
 

@@ -9,9 +9,9 @@ TokensOf = Callable[[list[int]], int]  # tokens of these rows after layout
 
 
 def cut(batch: Batch, tokens_of: TokensOf, max_tokens: int) -> list[list[int]]:
-    """Return sets of rows of at most `max_tokens` tokens each, or of one row; of about the same size.
+    """Return sets of rows of at most `max_tokens` tokens each, or of one row.
 
-    Groups are cut only where a single one is too large.
+    The sets have about the same size.  Groups are cut only where a single one is too large.
     """
     parts: list[list[int]] = []
     for group in groups(batch):
@@ -27,7 +27,9 @@ def cut(batch: Batch, tokens_of: TokensOf, max_tokens: int) -> list[list[int]]:
 
 
 def balance(sizes: Sequence[int], number: int) -> list[list[int]]:
-    """Return items over `number` sets of about equal size: the longest first, each into the emptiest set.
+    """Return items over `number` sets of about equal size.
+
+    The longest come first, each into the emptiest set.
 
     Example:
         sizes [3, 4, 5, 6], number 2 -> [[3, 0], [2, 1]], of 9 each

@@ -1,4 +1,4 @@
-"""Rows of a batch, laid out for the model: where each token sits, what it may see, which state predicts it.
+"""Rows of a batch, laid out for the model: where tokens stand, see, and are predicted.
 
 Every layout is a list of trees.  A tree is a prompt and the completions that continue it; a token
 sees the prompt and the earlier tokens of its own completion.
@@ -21,7 +21,10 @@ from gmpo.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A chunk of rows as model inputs.  R lines and L columns of cells; B rows and T tokens of the batch."""
+    """A chunk of rows as model inputs.
+
+    R lines and L columns of cells; B rows and T tokens of the batch.
+    """
 
     kind: str
     input_ids: Tensor  # [R, L] int64, 0 on padding
@@ -90,7 +93,7 @@ def groups(batch: Batch) -> list[list[int]]:
 
 
 def sizes(batch: Batch, *, last_token: bool) -> tuple[list[int], list[int]]:
-    """Return the prompt length of each row, and how many of its completion tokens go into the model."""
+    """Return the tokens of each row's prompt, and those of its completion that the model gets."""
     spared = 0 if last_token else 1
     branches = [max(length - spared, 0) for length in batch.lengths.tolist()]
     return [len(prompt) for prompt in batch.prompt_ids], branches

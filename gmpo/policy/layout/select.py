@@ -1,4 +1,4 @@
-"""The layout that a model gets: one row of segments if it attends by them as it should, else a rectangle."""
+"""The layout that a model gets: one line if it attends by segments as it should, else padded."""
 
 import dataclasses
 import inspect
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from gmpo.policy.layout.attention import attention_dropout
 from gmpo.policy.layout.chunks import TokensOf
@@ -24,12 +25,12 @@ LogpsOf = Callable[[Batch, Placement], tuple[Tensor, torch.dtype]]
 # Kinds of layers that attend; the others keep a state, which would run on from row to row.
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# Largest mean difference, in nats, between log-probs of two layouts that compute the same: by the dtype of the model.
-# Wrong segments are off by 0.01 and more, also in small random models.
+# Largest mean difference, in nats, between log-probs of two layouts that compute the same: by the
+# dtype of the model.  Wrong segments are off by 0.01 and more, also in small random models.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# Where rounding alone moves the same rows that are padded differently, a layout may differ by so many times as much,
-# but not by more than LARGEST.
+# Where rounding moves rows that are only padded differently, a layout may differ by so many times
+# as much, but not by more than LARGEST.
 NOISE_FACTOR = 3.0
 LARGEST = 0.2
 
@@ -73,7 +74,8 @@ class LayoutSelector:
         reason = self.verdicts[key].reason
         if reason is not None and wanted != "auto":
             raise ValueError(
-                f"batch_layout={wanted!r} does not work for {key}: {reason}. Use 'auto' or 'padded'."
+                f"batch_layout={wanted!r} does not work for {key}: {reason}. "
+                "Use 'auto' or 'padded'."
             )
         return self._place(batch, self._kind(self.verdicts[key]), last_token)
 
@@ -167,7 +169,7 @@ class LayoutSelector:
 def kind_of(model: nn.Module) -> str:
     """Return what a verdict is valid for: a kind of model, where and in what it computes."""
     causal = unwrap(model)
-    config: Any = causal.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue] (a PreTrainedModel)
+    config = _text_config(causal)
     parameter = next(causal.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
     return (
@@ -177,9 +179,9 @@ def kind_of(model: nn.Module) -> str:
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
-    """Return why `model` can't run anything but the plain rectangle; None if nothing speaks against it."""
+    """Return why `model` can run the rectangle only; None if nothing speaks against others."""
     causal = unwrap(model)
-    config: Any = causal.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue] (a PreTrainedModel)
+    config = _text_config(causal)
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return "the model takes no position_ids"
 
@@ -198,11 +200,16 @@ def unsupported_reason(model: nn.Module) -> str | None:
     return None
 
 
-def check_rows(batch: Batch) -> Batch:
-    """Return four rows to compare layouts on: two prompts of `batch` with two of its completions each, the longest.
+def _text_config(causal: Any) -> PreTrainedConfig:
+    return causal.config.get_text_config()
 
-    Prompts and completions are crossed, because a batch may hold no group, and cut to
-    `CHECK_TOKENS`.  What is missing in a small batch is made up of the tokens that it has.
+
+def check_rows(batch: Batch) -> Batch:
+    """Return four rows to compare layouts on.
+
+    They are two prompts of `batch` with two of its completions each, the longest.  Prompts and
+    completions are crossed, because a batch may hold no group, and cut to `CHECK_TOKENS`.  What
+    is missing in a small batch is made up of the tokens that it has.
     """
     device = batch.completion_ids.device
     prompts = list({id(prompt): prompt for prompt in batch.prompt_ids}.values())

@@ -51,7 +51,7 @@ class Store:
         return cls(empty(keys), empty(values))
 
     def grown(self, count: int, tokens: int, *, live: int, span: slice) -> "Store":
-        """Return a store of another size that begins with the tokens `span` of the first `live` entries."""
+        """Return a store of another size that begins with `span` of the first `live` entries."""
         new = Store.like(self.keys, self.values, count, tokens)
         size = span.stop - span.start
         new.keys[:live, :, :size] = self.keys[:live, :, span]
@@ -66,7 +66,7 @@ class Store:
 
 @dataclass(slots=True)
 class Grouping:
-    """Which row belongs to which prompt: indices that bring rows into a rectangle [prompts, width] and back."""
+    """The prompt of each row: indices of rows in a rectangle [prompts, width], and back."""
 
     num_prompts: int
     width: int  # most rows of one prompt
@@ -79,8 +79,8 @@ class Grouping:
 class SharedPrefixCache(Cache):
     """The state between forward passes.
 
-    Rows write one column of their store per decode step, all of them the same one: column c holds what the rows wrote
-    at one moment.  A row that entered at column e sees columns e and later.
+    Rows write one column of their store per decode step, all of them the same one: column c holds
+    what the rows wrote at one moment.  A row that entered at column e sees columns e and later.
 
     Args:
         num_layers: Of the model.
@@ -116,11 +116,11 @@ class SharedPrefixCache(Cache):
         """Return what was given: `attend` stores it."""
         return key_states, value_states
 
-    # -- prompts and rows come and go ---------------------------------------------------------------------------------
+    # -- prompts and rows come and go ------------------------------------------------------------
 
     @contextmanager
     def reading(self, lengths: Sequence[int]) -> Iterator[None]:
-        """Read new prompts of these lengths, one after another, in the one forward pass of the block."""
+        """Read prompts of these lengths, one after another, in the one pass of the block."""
         old = len(self.prompt_lengths)
         keep = max(self.prompt_lengths, default=0)
         self.prompt_lengths += lengths
@@ -137,7 +137,11 @@ class SharedPrefixCache(Cache):
         self._changed()
 
     def enter(self, prompts: Sequence[int]) -> None:
-        """Add a row for each of these prompts, given by their numbers (reading order, as changed by `forget`)."""
+        """Add a row for each of these prompts.
+
+        Args:
+            prompts: Their numbers, in the order of reading, as changed by `forget`.
+        """
         self.prompt_of += prompts
         self.entries += [self.column] * len(prompts)
         self._changed()
@@ -190,7 +194,7 @@ class SharedPrefixCache(Cache):
         self._own_biases.clear()
         self._prompt_biases.clear()
 
-    # -- a decode step ------------------------------------------------------------------------------------------------
+    # -- a decode step ---------------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """Call before the forward pass over one new token of each row."""
@@ -221,7 +225,7 @@ class SharedPrefixCache(Cache):
         self.entries = [entry - first for entry in self.entries]
         self.column = live
 
-    # -- attention ----------------------------------------------------------------------------------------------------
+    # -- attention -------------------------------------------------------------------------------
 
     def attend(
         self,
@@ -314,7 +318,7 @@ class SharedPrefixCache(Cache):
     def _prompt_part(
         self, layer: int, query: Tensor, span: slice, bias: Tensor | None, params: AttentionParams
     ) -> tuple[Tensor, Tensor]:
-        """Attend with [R, Hk, r, D] queries to their prompts: the rows of a prompt form one matrix per head."""
+        """Attend with [R, Hk, r, D] queries to their prompts: a matrix per prompt and head."""
         store, groups = self.prompts[layer], self._grouping
         assert store is not None and groups is not None
         _, heads, repeats, size = query.shape
@@ -330,7 +334,7 @@ class SharedPrefixCache(Cache):
         return output[groups.prompt, groups.place], lse[groups.prompt, groups.place]
 
     def _own_bias(self, window: int | None, query: Tensor) -> tuple[int, Tensor | None]:
-        """Return the first column that any row sees, and [R, 1, r, L] of what to add to the scores."""
+        """Return the first column that any row sees, and the bias of scores, [R, 1, r, L]."""
         key = (window, query.shape[2])
         if key not in self._own_biases:
             start = self.first if window is None else max(self.first, self.column - window + 1)
@@ -344,11 +348,12 @@ class SharedPrefixCache(Cache):
         return self._own_biases[key]
 
     def _prompt_bias(self, window: int | None, query: Tensor) -> tuple[slice, Tensor | None]:
-        """Return the tokens of the prompts that any row sees, and [prompts, 1, rows of one * r, P] of what to add."""
+        """Return the prompt tokens that any row sees, and the bias, [prompts, 1, width * r, P]."""
         key = (window, query.shape[2])
         if key not in self._prompt_biases:
             lengths = self.prompt_lengths
-            # A row's token stands at position length + age, and sees positions above length + age - window.
+            # A row's token stands at position length + age, and sees positions above
+            # length + age - window.
             ages = [self.column - entry for entry in self.entries]
             hidden = [0] * len(ages)
             if window is not None:

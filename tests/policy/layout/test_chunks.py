@@ -49,7 +49,7 @@ def test_sets_have_about_the_same_size():
 
 
 def test_items_spread_evenly():
-    # longest first, each to the emptiest: 8 | 7 | 6, then 5 to the third, 4 to the second, 3 to the first
+    # 8 | 7 | 6, then each to the emptiest: 5 to the third, 4 to the second, 3 to the first
     assert balance([3, 4, 5, 6, 7, 8], 3) == [[5, 0], [4, 1], [3, 2]]
 
 

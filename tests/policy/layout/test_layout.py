@@ -1,4 +1,4 @@
-"""Where tokens go, what they see, and which state predicts them: a small batch worked out by hand."""
+"""Where tokens go, and which state predicts them: a small batch worked out by hand."""
 
 import pytest
 import torch

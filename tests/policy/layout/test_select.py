@@ -1,4 +1,4 @@
-"""A prompt is shared wherever the model attends by segments, which is believed once it has been checked."""
+"""A prompt is shared where the model attends by segments, which is believed once checked."""
 
 import types
 
@@ -45,7 +45,7 @@ def rows_of(*shapes):
 
 
 class Spying(LogProbs):
-    """Remembers the kind of each layout that a caller's batch got, and the number of forward passes."""
+    """Remembers the kind of each layout of a caller's batch, and counts forward passes."""
 
     def __init__(self, settings):
         super().__init__(settings)
@@ -170,7 +170,7 @@ def test_each_kind_of_model_is_checked_once():
     logprobs, batch = Spying(PolicySettings()), make_batch()
     model = logprobs.counting(make_model("llama"))
     logprobs.compute(model, batch)
-    # what follows the head; the rectangle, its four rows by themselves, the shared prefix; the batch
+    # what follows the head; the rectangle, its four rows singly, the shared prefix; the batch
     assert logprobs.forwards == 1 + 1 + 4 + 1 + 1
     logprobs.compute(model, batch)
     assert logprobs.forwards == 9
