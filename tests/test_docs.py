@@ -212,7 +212,9 @@ def test_error_texts_of_the_troubleshooting_page_are_in_the_code():
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
     ]
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
-    messages = re.findall(r"^\| `(.+?)` \| ", page.partition("## When the config")[2], re.MULTILINE)
+    messages = re.findall(
+        r"^\| `{1,2}(.+?)`{1,2} \| ", page.partition("## When the config")[2], re.MULTILINE
+    )
     messages = [message for message in messages if not message.startswith("time/")]
     assert len(messages) > 30
     assert [m for m in messages if not any(m in text for text in texts)] == []
