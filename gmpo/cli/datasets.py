@@ -1,4 +1,4 @@
-"""Rows to train on, from the hub, files, folders or a generator of tasks, as the trainer takes them."""
+"""Rows to train on, as the trainer takes them: from the hub, files, folders or tasks."""
 
 import difflib
 import re
@@ -119,7 +119,8 @@ def load_saved(folder: str, *, split: str) -> Any:
     if isinstance(rows, datasets.DatasetDict):
         if match[1] not in rows:
             raise ValueError(
-                f"{folder!r} has no split {match[1]!r}; its splits are: {', '.join(map(str, rows))}."
+                f"{folder!r} has no split {match[1]!r}; its splits are: "
+                f"{', '.join(map(str, rows))}."
             )
         rows = rows[match[1]]
 

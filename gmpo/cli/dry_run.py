@@ -53,7 +53,8 @@ def arithmetic(config: GRPOConfig, num_prompts: int | None) -> Iterator[str]:
         config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     )
     updates = micro_steps / config.gradient_accumulation_steps
-    yield f"# a collection: {prompts} prompts x {config.num_generations} = {completions} completions"
+    group = config.num_generations
+    yield f"# a collection: {prompts} prompts x {group} = {completions} completions"
     yield (
         f"# an optimizer step: {rows} completions of {config.world_size} process(es); {updates:g} "
         "per collection"

@@ -26,7 +26,7 @@ STAGES = ("Data", "Rollout", "Reward", "Policy", "Objective", "Report")
 
 
 def train_help() -> str:
-    """Return our options with their meanings and defaults, by stage; those of transformers by name."""
+    """Return our options by stage, with meanings and defaults, and transformers' by name."""
     own = overridden()
     parts = [USAGE, "", "What to train:"]
     parts += [described(field, default_of(field)) for field in fields(ScriptOptions)]

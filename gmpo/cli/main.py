@@ -28,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `gmpo`.
 
     Returns:
-        The exit status: 0; 2 for what the user can fix, which one message on standard error tells; 130 for Ctrl-C.
+        The exit status: 0; 2 for what the user can fix, which one message on standard error tells;
+        130 for Ctrl-C.
 
     Raises:
-        Exception: Whatever else goes wrong, with its traceback; so do errors of the user's own code (a reward
-            function), and everything under `gmpo --debug`.
+        Exception: Whatever else goes wrong, with its traceback; so do errors of the user's own code
+            (a reward function), and everything under `gmpo --debug`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     position = next(
@@ -78,7 +79,9 @@ def top_level_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gmpo",
         usage="gmpo [--debug] COMMAND [--option value ...]",
-        description="Train language models by Geometric-Mean Policy Optimization (arXiv:2507.20673).",
+        description=(
+            "Train language models by Geometric-Mean Policy Optimization (arXiv:2507.20673)."
+        ),
         epilog=f"commands:\n{commands}\n\ngmpo COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -121,9 +124,9 @@ def complain(message: str, *, status: int = 2) -> int:
 def needs_traceback(error: BaseException) -> bool:
     """Return True if a message alone would hide where `error` comes from.
 
-    So it is for the user's own code, and for errors of other packages once the training runs: those
-    can't be told from defects.  What gmpo itself raises, and what goes wrong before the training, is
-    told by its message.
+    So it is for the user's own code, and for errors of other packages once the training runs:
+    those can't be told from defects.  What gmpo itself raises, and what goes wrong before the
+    training, is told by its message.
     """
     frames = traceback.extract_tb(error.__traceback__)
     if any(is_user_code(frame.filename) for frame in frames):

@@ -66,7 +66,8 @@ class FlagParser(HfArgumentParser):
     """argparse over a config class; what is wrong is raised, and no default is filled in."""
 
     def __init__(self, config_class: type[GRPOConfig]):
-        super().__init__(config_class, allow_abbrev=False, add_help=False)  # pyright: ignore[reportArgumentType] (a dataclass type is a DataClassType)
+        kind: Any = config_class
+        super().__init__(kind, allow_abbrev=False, add_help=False)
         for field in fields(ScriptOptions):
             names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
             self.add_argument(*names, **script_argument(field.name))

@@ -58,7 +58,10 @@ def dry_run(script: ScriptOptions, config: GRPOConfig) -> str:
 
 
 def train(script: ScriptOptions, config: GRPOConfig) -> None:
-    """Train what `script` names, with everything that can be wrong checked before weights are loaded."""
+    """Train what `script` names.
+
+    Everything that can be wrong is checked before weights are loaded.
+    """
     rewards = [find_reward(spec) for spec in reward_specs(script)]
     adapter = lora_config(script.peft)
     quantization = quantization_config(script.quantization)
@@ -182,7 +185,7 @@ def training_rows(script: ScriptOptions, *, as_messages: bool) -> Any:
 
 
 def evaluation_rows(script: ScriptOptions, training: Any, *, as_messages: bool) -> Any:
-    """Return the rows for evaluation, or None.  Says how many of their prompts are trained on too."""
+    """Return the rows for evaluation, or None.  Says how many of them are trained on too."""
     if script.eval_dataset is None:
         return None
 

@@ -1,4 +1,4 @@
-"""YAML 1.2, read and written: `no` is a word, 1e-6 a number, and a key that comes twice an error."""
+"""YAML 1.2: `no` is a word, 1e-6 a number, and a key that comes twice an error."""
 
 import io
 from pathlib import Path
@@ -22,8 +22,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     content = load_yaml(text, source=path)
     if content is not None and not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds a {type(content).__name__}, not a mapping. Write one `option: value` per "
-            "line."
+            f"{path} holds a {type(content).__name__}, not a mapping. Write one `option: value` "
+            "per line."
         )
     return content or {}
 

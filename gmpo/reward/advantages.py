@@ -1,6 +1,7 @@
-"""Rewards to advantages: what a completion is worth beside the others of its prompt.  Pure, in float64.
+"""Rewards to advantages: what a completion is worth beside the others of its prompt.
 
-Rewards are [N, F], a column per source; NaN says that the source did not score the row.  Groups are contiguous.
+Pure, in float64.  Rewards are [N, F], a column per source; NaN says that the source did not score
+the row.  Groups are contiguous.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,32 +20,37 @@ FLOOR = 1e-4  # added to every standard deviation that divides
 class Advantages:
     """Worth of each row of a collection."""
 
-    advantages: (
-        Tensor  # [N] float32, finite; 0 for rows that no source scored and in groups without signal
-    )
-    rewards: Tensor  # [N] float64, weighted sum over the sources that scored the row; NaN: none did
+    # [N] float32, finite; 0 for rows that no source scored and in groups without signal
+    advantages: Tensor
+    # [N] float64, the weighted sum over the sources that scored the row; NaN if none did
+    rewards: Tensor
     zero_signal: Tensor  # [N] bool, the scored rewards of the row's group are exactly equal
 
 
 def group_advantages(rewards: Tensor, group_size: int, settings: RewardSettings) -> Advantages:
-    """Reward of each row relative to its group.
+    """Return the reward of each row relative to its group.
 
-    A row that no source scored gets 0 and leaves the statistics of its group.  A source of weight 0 is there to be
-    logged and changes no advantage.  A group of one has no baseline and gets 0.
+    A row that no source scored gets 0 and leaves the statistics of its group.  A source of weight 0
+    is there to be logged and changes no advantage.  A group of one has no baseline and gets 0.
 
     Args:
         rewards: [N, F], of all ranks; NaN where a source did not score.
         group_size: Rows per prompt.
-        settings: `reward_weights` [F].  `multi_objective_aggregation`: "sum_then_normalize" weighs and adds the
-            sources, then normalises in the group; "normalize_then_sum" normalises each source in its group, weighs and
-            adds, then normalises over all rows.  `scale_rewards`, of the former: divide by the sample standard
-            deviation + 1e-4 of the "group", of the whole "batch", or by nothing ("none").
+        settings: `reward_weights` [F].  `multi_objective_aggregation`: "sum_then_normalize" weighs
+            and adds the sources, then normalises in the group; "normalize_then_sum" normalises each
+            source in its group, weighs and adds, then normalises over all rows.  `scale_rewards`,
+            of the former: divide by the sample standard deviation + 1e-4 of the "group", of the
+            whole "batch", or by nothing ("none").
 
     Raises:
-        ValueError: If settings or weights do not fit, the groups do not divide the rows, or a reward is infinite.
+        ValueError: If settings or weights do not fit, the groups do not divide the rows, or a
+            reward is infinite.
 
-    Source: arXiv:2402.03300, section 4.1.2; scale_rewards="none" is arXiv:2503.20783; "normalize_then_sum" is GDPO,
-    arXiv:2601.05242.
+    Example:
+        rewards [[1], [0], [0], [3]], group_size 2, scale_rewards "none" -> [0.5, -0.5, -1.5, 1.5]
+
+    Source: arXiv:2402.03300, section 4.1.2; scale_rewards="none" is arXiv:2503.20783;
+    "normalize_then_sum" is GDPO, arXiv:2601.05242.
     """
     _check(rewards, group_size, settings)
     num_rows, num_sources = rewards.shape
@@ -52,11 +58,11 @@ def group_advantages(rewards: Tensor, group_size: int, settings: RewardSettings)
         settings.reward_weights or [1.0] * num_sources, dtype=torch.float64
     )
     scores = rewards.double().reshape(num_rows // group_size, group_size, num_sources)
-    scores = torch.where(weights == 0, torch.nan, scores)
+    scores = torch.where(weights == 0, torch.nan, scores)  # [N/G, G, F]
+
     aggregate = _AGGREGATIONS[settings.multi_objective_aggregation]
-    relative, flat = aggregate(
-        scores, weights, _SCALES[settings.scale_rewards]
-    )  # [N/G, G], [N/G, 1]
+    scale = _SCALES[settings.scale_rewards]
+    relative, flat = aggregate(scores, weights, scale)  # [N/G, G], [N/G, 1]
     return Advantages(
         advantages=torch.where(flat | relative.isnan(), 0.0, relative).float().flatten(),
         rewards=_weighted_sum(scores, weights).flatten(),
@@ -65,20 +71,21 @@ def group_advantages(rewards: Tensor, group_size: int, settings: RewardSettings)
 
 
 def reward_statistics(names: Sequence[str], rewards: Tensor, result: Advantages) -> Statistics:
-    """What the log says about the rewards of one collection.
+    """Return what the log says about the rewards of one collection.
 
-    Means and shares are (sum, count) over the rows that were scored, so they stay exact over many collections.  A
-    standard deviation is one figure per collection, counted once: the log shows the mean of the collections' standard
-    deviations, not that of all their rows.  Every rank gets the same figures from the same gathered rows, so a
-    reduction over ranks that adds sums and counts leaves them as they are.
+    Means and shares are (sum, count) over the rows that were scored, so they stay exact over many
+    collections.  A standard deviation is one figure per collection, counted once: the log shows the
+    mean of the collections' standard deviations.  Every rank gets the same figures from the same
+    gathered rows, so a reduction over ranks that adds sums and counts leaves them as they are.
 
     Args:
         names: [F] of the sources.
         rewards: [N, F], the gathered rewards that `result` was made from.
 
     Returns:
-        rewards/{name}/mean and /std, reward, reward_std (of the weighted sums over all rows), frac_reward_zero_std
-        (share of rows in groups without signal).  What nothing was scored for is absent.
+        rewards/{name}/mean and /std, reward, reward_std (of the weighted sums over all rows),
+        frac_reward_zero_std (share of rows in groups without signal).  Where nothing was scored,
+        there is no figure.
     """
     statistics = Statistics()
     for name, scores in zip(names, rewards.double().unbind(-1), strict=True):
@@ -121,7 +128,7 @@ _SCALES = {
 
 
 def _weighted_sum(scores: Tensor, weights: Tensor) -> Tensor:
-    """Sum over the last axis of what was scored; NaN where nothing was."""
+    """Return the sum over the last axis of what was scored; NaN where nothing was."""
     scored = ~scores.isnan()
     # One source after another: every row is rounded alike, and equal rows stay exactly equal.
     total = sum(
@@ -132,19 +139,22 @@ def _weighted_sum(scores: Tensor, weights: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Mean of what is not NaN, with the axes kept; NaN where there is nothing."""
+    """Return the mean of what is not NaN, with the axes kept; NaN where there is nothing."""
     return values.nanmean(dim, keepdim=True)
 
 
 def _deviation(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Sample standard deviation (Bessel) of what is not NaN, with the axes kept; 0 for fewer than two values."""
+    """Return the sample standard deviation (Bessel) of what is not NaN, with the axes kept.
+
+    It is 0 for fewer than two values.
+    """
     count = (~values.isnan()).sum(dim, keepdim=True)
     squares = (values - _mean(values, dim)).square().nansum(dim, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def _flat(values: Tensor) -> Tensor:
-    """Whether the values along axis 1 that are not NaN are exactly equal, with the axis kept."""
+    """Return where the values along axis 1 that are not NaN are equal, with the axis kept."""
     missing = values.isnan()
     smallest = torch.where(missing, torch.inf, values).amin(1, keepdim=True)
     return smallest >= torch.where(missing, -torch.inf, values).amax(1, keepdim=True)

@@ -38,9 +38,10 @@ def as_scores(name: str, answer: Any, expected: int) -> list[float]:
 
 
 def as_number(value: Any) -> float | None:
-    """Return `value` as a float, NaN for None, infinity beyond all floats; None if it isn't a number.
+    """Return `value` as a float; None if it isn't a number.
 
-    A tensor or array counts if it holds one number.
+    None becomes NaN, and an integer beyond all floats infinity.  A tensor or array counts if it
+    holds one number.
     """
     if value is None:
         return math.nan
@@ -69,7 +70,7 @@ def _as_score(name: str, row: int, value: Any) -> float:
         )
     if abs(number) > LARGEST:
         raise ValueError(
-            f"Reward {name!r} returned {short(value)} for completion {row}. Return a finite number, "
-            "or None."
+            f"Reward {name!r} returned {short(value)} for completion {row}. Return a finite "
+            "number, or None."
         )
     return number

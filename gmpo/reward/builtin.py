@@ -1,4 +1,4 @@
-"""Rewards that have a name: callable like a user's own function, picklable, with settings as fields.
+"""Rewards that have a name: called like a user's function, picklable, with settings as fields.
 
 Each accepts further keywords, so that it can be called inside another reward with everything that
 one got.  `by_name.py` holds the table of their names.  They stay in the training process, also
@@ -29,8 +29,9 @@ RewardFunction = Callable[..., Any]
 class Accuracy:
     """1 where a completion gives the right mathematical answer, else 0; None for unreadable golds.
 
-    math-verify compares, so 0.5 equals \\frac{1}{2}.  A \\boxed{} answer wins over other mathematics
-    in the text.  A thought does not count.  What can't be verified in 5 s of CPU time is wrong.
+    math-verify compares, so 0.5 equals \\frac{1}{2}.  A \\boxed{} answer wins over other
+    mathematics in the text.  A thought does not count.  What can't be verified in 5 s of CPU time
+    is wrong.
 
     Args:
         delimiters: The answer follows the last of these; a completion without one is wrong.  None
@@ -39,6 +40,7 @@ class Accuracy:
 
     delimiters: Sequence[str] | None = None
     __name__ = "accuracy"
+    uses_pool = True
     in_process = True
     needs_any_column = ("answer", "solution")
 
@@ -86,8 +88,8 @@ class NumberMatch:
 
     The final number is the last one in the last \\boxed{}, else after "####", else in the text;
     1,000 and 1000.0 are equal, 1/2 and 0.5 too.  None where the gold answer is not a number (it may
-    have a unit).  Needs no other package and is more than ten times as fast as `accuracy`: the right
-    choice for answers like GSM8K's.
+    have a unit).  Needs no other package and is more than ten times as fast as `accuracy`: the
+    right choice for answers like GSM8K's.
     """
 
     __name__ = "number_match"
@@ -217,7 +219,8 @@ class Repetition:
             raise ValueError(f"ngram_size={self.ngram_size} must be at least 1.")
         if self.max_penalty > 0:
             raise ValueError(
-                f"max_penalty={self.max_penalty} would reward repetition. Use a number of at most 0."
+                f"max_penalty={self.max_penalty} would reward repetition. Use a number of at most "
+                "0."
             )
         if self.unit not in ("tokens", "words"):
             raise ValueError(f"unit={self.unit!r} must be 'tokens' or 'words'.")
@@ -276,6 +279,7 @@ class Cosine:
     short_wrong: float = -1.0
     long_wrong: float = -0.5
     __name__ = "cosine"
+    uses_pool = True
     in_process = True
     needs_any_column = ("answer", "solution")
 

@@ -1,6 +1,7 @@
-"""A user's function as a source: what it takes, and how it is called, here or in worker processes."""
+"""A user's function as a source: what it takes, and how it is called, here or in workers."""
 
 import concurrent.futures
+import copy
 import inspect
 import logging
 import threading
@@ -22,6 +23,7 @@ OWN_KEYWORDS = frozenset(
     {"prompts", "completions", "opened", "trainer_state", "log_extra", "log_metric"}
 )
 _REMARKS = ("log_extra", "log_metric", "trainer_state")
+_LOG_HISTORY = 100  # entries of trainer_state.log_history that workers get
 _SHOWN = 5  # lost completions that are logged of one call
 _SILENT_CALLS = 3  # calls in a row without any score, after which the run stops
 
@@ -77,8 +79,8 @@ class FunctionReward:
         if self._silent_calls >= _SILENT_CALLS:
             reason = next(iter(reasons.values()))
             raise RuntimeError(
-                f"Reward {self.name!r} scored no completion in {self._silent_calls} calls in a row; "
-                f"the last reason: {reason}. Mend it, or raise its limits (reward_timeout, "
+                f"Reward {self.name!r} scored no completion in {self._silent_calls} calls in a "
+                f"row; the last reason: {reason}. Mend it, or raise its limits (reward_timeout, "
                 "reward_memory_limit)."
             )
 
@@ -148,9 +150,14 @@ class PooledReward(FunctionReward):
 
     def _state(self, keywords: Mapping[str, Any]) -> Packed | None:
         """Return the Trainer's state for the workers, if the function takes it."""
-        if keywords.get("trainer_state") is None:
+        state = keywords.get("trainer_state")
+        if state is None:
             return None
-        return pack(keywords["trainer_state"])
+        history = getattr(state, "log_history", ())
+        if len(history) > _LOG_HISTORY:  # it grows with the run, and each worker gets it
+            state = copy.copy(state)
+            state.log_history = history[-_LOG_HISTORY:]
+        return pack(state)
 
     def _finish(self, call: RewardCall, outcomes: list[Outcome]) -> list[float | None]:
         """Return the scores; pass on what the function logged, and tell what was lost."""
@@ -306,7 +313,10 @@ def refuse_reserved(columns: Iterable[str]) -> None:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """Return a function's name for the metrics; of a partial, what it wraps; of an object, its class."""
+    """Return a function's name for the metrics.
+
+    Of a partial it is the name of what it wraps; of an object without a name, that of its class.
+    """
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)

@@ -31,8 +31,9 @@ _UNIT_POWER = re.compile(
 
 
 def verdicts(questions: Sequence[tuple[str, str]], *, limits: Limits = LIMITS) -> list[bool | None]:
-    """Return for each (gold, text) whether the text gives the gold answer; None for unreadable golds.
+    """Return for each (gold, text) True if the text gives the gold answer.
 
+    None stands for a gold answer that can't be read.
     What is not decided within the limits is taken for wrong, with a warning.
 
     Raises:

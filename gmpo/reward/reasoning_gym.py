@@ -8,7 +8,6 @@ import difflib
 import functools
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,9 +122,9 @@ def verified(text: str, gold: str | None, entries: Any, index: int) -> float:
     entry = entries[index]
     if gold is not None and str(entry["answer"]) != gold:
         raise ValueError(
-            f"Entry {index} has the answer {entry['answer']!r} now and had {gold!r} when the dataset "
-            "was made. The task draws differently in this process: set PYTHONHASHSEED=0, or another "
-            "version is installed."
+            f"Entry {index} has the answer {entry['answer']!r} now and had {gold!r} when the "
+            "dataset was made. The task draws differently in this process: set PYTHONHASHSEED=0, "
+            "or another version is installed."
         )
     stated = stated_answer(text, gold)
     if not stated:
@@ -152,9 +151,10 @@ def stated_answer(text: str, gold: str | None) -> str:
     It is what the last <answer> tags hold, else the last number where the right answer is a number,
     else the whole text.
     """
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    if tagged:
-        return tagged[-1].strip()
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        return text[start + len("<answer>") : end].strip()
     if gold is None or not is_number(gold):
         return text.strip()
     numbers = NUMBER.findall(text)

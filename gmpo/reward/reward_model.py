@@ -58,8 +58,8 @@ class ModelReward:
         config: Any = self.model.config
         if config.num_labels != 1:
             raise ValueError(
-                f"Reward model {self.name!r} has {config.num_labels} labels. A reward model gives one "
-                "number: load or make it with num_labels=1."
+                f"Reward model {self.name!r} has {config.num_labels} labels. A reward model gives "
+                "one number: load or make it with num_labels=1."
             )
         check_vocabulary(self.name, self.model, self.tokenizer)
 
@@ -95,7 +95,8 @@ class ModelReward:
     def _encode(self, rollout: Rollout, max_length: int | None = None) -> list[int]:
         text, special = self._text(rollout)
         cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
-        return self.tokenizer(text, add_special_tokens=special, verbose=False, **cut)["input_ids"]  # pyright: ignore
+        encoded: Any = self.tokenizer(text, add_special_tokens=special, verbose=False, **cut)
+        return encoded["input_ids"]
 
     def _text(self, rollout: Rollout) -> tuple[str, bool]:
         """Return what the model reads, and whether special tokens are still to be added."""
@@ -108,8 +109,8 @@ class ModelReward:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"Reward model {self.name!r} gets conversations, but its tokenizer has no chat "
-                "template. Pass one with a template in reward_processing_classes, or use prompts of "
-                "plain text."
+                "template. Pass one with a template in reward_processing_classes, or use prompts "
+                "of plain text."
             )
         assert not isinstance(completion, str)
         conversation: Any = whole_conversation(source, completion, rollout.prompt.opened)
@@ -177,13 +178,16 @@ def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizer
     size = getattr(embeddings, "num_embeddings", None)
     if size is not None and len(tokenizer) > size:
         raise ValueError(
-            f"The tokenizer of reward model {name!r} has {len(tokenizer)} tokens, but the model has "
-            f"embeddings for {size}. Pass the tokenizer that the model was trained with."
+            f"The tokenizer of reward model {name!r} has {len(tokenizer)} tokens, but the model "
+            f"has embeddings for {size}. Pass the tokenizer that the model was trained with."
         )
 
 
 def load_model_reward(name: str, tokenizer: Any, options: RewardModelSettings) -> ModelReward:
-    """Return the reward model at the path or hub id `name`; with its own tokenizer if none is given.
+    """Return the reward model at the path or hub id `name`.
+
+    Args:
+        tokenizer: None takes the model's own.
 
     Raises:
         ValueError: If the checkpoint holds no classifier with one label: its score would be random.
@@ -210,8 +214,8 @@ def model_reward(model: nn.Module, tokenizer: Any, options: RewardModelSettings)
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_labels"):
         raise ValueError(
-            f"reward_funcs holds a {type(model).__name__}, which is not a sequence-classification model "
-            "of transformers. Wrap another module in a function."
+            f"reward_funcs holds a {type(model).__name__}, which is not a sequence-classification "
+            "model of transformers. Wrap another module in a function."
         )
     origin = getattr(config, "_name_or_path", "") or ""
     name = origin.rstrip("/").split("/")[-1] or type(model).__name__
@@ -222,8 +226,8 @@ def model_reward(model: nn.Module, tokenizer: Any, options: RewardModelSettings)
     )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
-            f"reward_processing_classes holds {tokenizer!r} ({type(tokenizer).__name__}) for reward "
-            f"model {name!r}. Pass a tokenizer."
+            f"reward_processing_classes holds {tokenizer!r} ({type(tokenizer).__name__}) for "
+            f"reward model {name!r}. Pass a tokenizer."
         )
     placed = getattr(model, "hf_device_map", None) is not None or getattr(
         model, "is_quantized", False

@@ -25,15 +25,15 @@ class RewardSettings:
     )
     reward_workers: int = option(
         0,
-        "Processes that call the (sync) reward functions, one completion at a time and all at once; "
-        "a process that breaks a limit is killed and replaced, and its completion not scored. 0 "
-        "calls them in the training process.",
+        "Processes that call the (sync) reward functions, one completion at a time and all at "
+        "once; a process that breaks a limit is killed and replaced, and its completion not "
+        "scored. 0 calls them in the training process.",
         low=0,
     )
     reward_timeout: float | None = option(
         None,
-        "Seconds for one call of a reward function: of one in a worker process (None: 60), and of an "
-        "async one (None: as long as it takes). What has not answered by then is not scored.",
+        "Seconds for one call of a reward function: of one in a worker process (None: 60), and of "
+        "an async one (None: as long as it takes). What has not answered by then is not scored.",
         low=0,
         low_open=True,
     )

@@ -63,6 +63,7 @@ def build_sources(
         for reward, tokenizer in zip(rewards, tokenizers, strict=True)
     ]
     _refuse_unused_timeout(rewards, settings)
+    _refuse_unused_workers(rewards, settings)
     own = [id(reward) for reward in rewards if isinstance(reward, RewardSource)]
     if len(own) != len(set(own)):
         raise ValueError("reward_funcs holds the same RewardSource twice. Make one for each.")
@@ -146,6 +147,24 @@ def _refuse_unused_timeout(rewards: Sequence[Any], settings: RewardSettings) -> 
             f"reward_timeout={settings.reward_timeout:g} has no effect: a function in this process "
             "can't be ended. Set reward_workers to 1 or more, or leave reward_timeout out."
         )
+
+
+def _refuse_unused_workers(rewards: Sequence[Any], settings: RewardSettings) -> None:
+    """Raise a ValueError if there are worker processes that nothing would use."""
+    if not settings.reward_workers:
+        return
+    for reward in rewards:
+        function = (
+            find_reward(os.fspath(reward)) if isinstance(reward, str | os.PathLike) else reward
+        )
+        is_function = callable(function) and not isinstance(function, nn.Module | RewardSource)
+        here = is_async(function) or getattr(function, "in_process", False)
+        if is_function and (not here or getattr(function, "uses_pool", False)):
+            return
+    raise ValueError(
+        f"reward_workers={settings.reward_workers} has no effect: none of the rewards is a sync "
+        "function that a worker process could call. Leave it at 0."
+    )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -23,6 +23,7 @@ _POWER_OF_TEN = re.compile(
     r"(?:(\d)\s*(?:\\times|\\cdot|×|\*)\s*10|(?<![\w.])10)"
     r"\s*\^\s*(?:\{\s*([-−]?\d+)\s*\}|([-−]?\d+))"
 )
+_THIN_SPACE = re.compile(r"\\[!,]\s*")
 _POWER_OF_UNIT = re.compile(r"(\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\})\s*\^\s*\{?\d\}?")
 _UNIT = (
     r"(?:\\?%|\\?\$|€|£|°|\^\s*\{?\s*\\circ\s*\}?"
@@ -132,7 +133,7 @@ def plain_numbers(text: str) -> str:
     Example:
         "10{,}000" -> "10,000", "1\\frac12" -> "3/2", "3 \\times 10^5" -> "3e5"
     """
-    text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", "")
+    text = _THIN_SPACE.sub("", text.replace("{,}", ","))
     text = _POWER_OF_UNIT.sub(r"\1", text)
     text = _MIXED.sub(_plain_fraction, text)
     return _POWER_OF_TEN.sub(_plain_power, text)

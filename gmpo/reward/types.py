@@ -11,7 +11,7 @@ from gmpo.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class RewardCall:
-    """What a source is asked: the completions of this rank, N of them, and where to leave remarks."""
+    """What a source is asked about: N completions of this rank, and where to leave remarks."""
 
     rollouts: Sequence[Rollout]
     columns: Mapping[str, list[Any]]  # the other columns of the dataset, N values each

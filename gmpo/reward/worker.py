@@ -128,7 +128,7 @@ def answer_to(question: Mapping[str, Any], objects: dict[str, Any]) -> dict[str,
 
 
 def unpack(question: Mapping[str, Any], objects: dict[str, Any]) -> None:
-    """Keep the object in `question`; import what it refers to, by its file if there is no other way."""
+    """Keep the object in `question`, and import what it refers to: by name, else by file."""
     for name, file in question["modules"]:
         try:
             importlib.import_module(name)

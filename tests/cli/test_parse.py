@@ -1,4 +1,5 @@
 import math
+import os
 from typing import get_type_hints
 
 import pytest
@@ -94,8 +95,8 @@ def test_the_algorithm_decides_the_config_wherever_it_is_given(config_file):
 
 
 def test_the_output_folder_is_named_after_the_model_and_the_algorithm():
-    assert parse(BASICS)[1].output_dir == "tiny-GMPO"
-    assert parse([*BASICS, "--output_dir", "here"])[1].output_dir == "here"
+    assert parse(BASICS)[1].output_dir == os.path.abspath("tiny-GMPO")
+    assert parse([*BASICS, "--output_dir", "here"])[1].output_dir == os.path.abspath("here")
 
 
 def test_rewards_are_one_or_a_list_and_add_up_over_flags(config_file):

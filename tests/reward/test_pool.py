@@ -1,22 +1,31 @@
 """Rewards in worker processes: whatever a function does, the other rows keep their scores."""
 
+import json
 import logging
 import os
 import subprocess
 import sys
 import time
 
+import datasets
 import psutil
 import pytest
+import torch
 
+from gmpo import GMPOConfig, GMPOTrainer
 from gmpo.reward.pool import MARK, Limits, WorkerPool, pack, shared_pool
 from gmpo.reward.score import score
 from gmpo.reward.settings import RewardSettings, check_rewards
 from gmpo.reward.sources import build_sources
 from tests.reward.cases import rollout
-from tests.reward.vicious import HARMED, VICIOUS, python_loop, vicious
+from tests.reward.vicious import HARMED, VICIOUS, hangs_now_and_then, python_loop, vicious
+from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its cases are of POSIX")
+
+
+async def quick(completions):
+    return [1.0] * len(completions)
 
 
 def workers_of(marked=MARK):
@@ -186,3 +195,49 @@ def test_options_without_effect_are_refused():
         build_sources(vicious, settings=RewardSettings(reward_timeout=5.0))
     with pytest.raises(ValueError, match=r"reward_memory_limit=1 has no effect"):
         check_rewards(RewardSettings(reward_memory_limit=1.0))
+
+
+@pytest.mark.parametrize("reward", ["number_match", quick, ["think_format", quick]])
+def test_workers_that_nobody_would_use_are_refused(reward):
+    with pytest.raises(ValueError, match="reward_workers=2 has no effect"):
+        build_sources(reward, settings=RewardSettings(reward_workers=2))
+
+
+def test_the_judge_uses_the_workers():
+    pytest.importorskip("math_verify")
+    (source,) = build_sources("accuracy", settings=RewardSettings(reward_workers=3))
+    assert score([source], [rollout("?", "4")], [{"answer": "4"}]).rewards.item() == 1.0
+    assert shared_pool().max_workers == 3
+
+
+def test_a_training_goes_on_beside_a_reward_that_hangs(tmp_path):
+    """About a third of the completions hang; the others train the policy."""
+    config = GMPOConfig(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=4,
+        max_steps=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        reward_workers=2,
+        reward_timeout=3.0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = GMPOTrainer(
+        model,
+        hangs_now_and_then,
+        config,
+        datasets.Dataset.from_list([{"prompt": "a b"}] * 4),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lost = [line["rewards/hangs_now_and_then/lost"] for line in lines if "loss" in line]
+    assert len(lost) == 2 and 0 < sum(lost) < 2
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())

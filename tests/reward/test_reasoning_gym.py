@@ -151,3 +151,9 @@ def test_a_bare_number_is_a_number_and_nothing_else():
 def test_a_wrong_task_or_setting_is_refused(task, settings, message):
     with pytest.raises(ValueError, match=message):
         task_rows(task, settings)
+
+
+def test_tags_without_an_end_cost_no_time():
+    """A pattern that looks for each tag's end took minutes for such a text."""
+    assert stated_answer("<answer>" * 40000, "a b") == "<answer>" * 40000
+    assert stated_answer("<answer>1</answer> <answer>2<answer>3</answer>", "a b") == "3"

@@ -235,3 +235,11 @@ def vicious(completions, answer):
     if completion == HARMED:
         return {**VICIOUS, "short_sleep": short_sleep, "some_memory": some_memory}[answer[0]]()
     return [float(len(completion))]
+
+
+def hangs_now_and_then(completion_ids):
+    """The sum of a completion's tokens, which takes for ever where it is a multiple of three."""
+    total = sum(completion_ids[0])
+    if total % 3 == 0:
+        sleep()
+    return [float(total)]
