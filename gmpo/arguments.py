@@ -134,8 +134,8 @@ def tokenizer_of(
     if tokenizer is not None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(
-                f"processing_class={processing_class!r} ({type(processing_class).__name__}) is no "
-                "tokenizer, and holds none. Pass AutoTokenizer.from_pretrained(...)."
+                f"processing_class={processing_class!r} ({type(processing_class).__name__}) is not "
+                "a tokenizer and holds none. Pass AutoTokenizer.from_pretrained(...)."
             )
         return tokenizer
 
@@ -200,7 +200,7 @@ def check_kind(dataset: Any, name: str) -> None:
         return
     else:
         remedy = "Use a datasets.Dataset, or a list of rows {'prompt': ...}"
-    raise TypeError(f"{name} is a {kind}, which is no dataset of rows. {remedy}.")
+    raise TypeError(f"{name} is a {kind}, which is not a dataset of rows. {remedy}.")
 
 
 def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:

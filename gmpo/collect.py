@@ -187,7 +187,7 @@ class Collector:
         if not numbers:
             return {}
 
-        with raise_on_all_ranks("compare the prompts at hand"):
+        with raise_on_all_ranks("compare the prompts of a collection"):
             here = {prompt_key(row) for row in collection.rows.rows}
         at_hand = set().union(*distributed.all_gather_objects(here))
         with raise_on_all_ranks("draw other prompts"):

@@ -156,7 +156,7 @@ class RunFolder:
         """
         if not Path(checkpoint).is_dir():
             raise ValueError(
-                f"resume_from_checkpoint={str(checkpoint)!r} is no folder. Give a checkpoint's "
+                f"resume_from_checkpoint={str(checkpoint)!r} is not a folder. Give a checkpoint's "
                 "folder, or True for the newest whole one in output_dir."
             )
         try:

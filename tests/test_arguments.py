@@ -60,12 +60,12 @@ class TorchStream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("rows.jsonl", "train_dataset is a str, which is no dataset.*load_dataset"),
+        ("rows.jsonl", "train_dataset is a str, which is not a dataset.*load_dataset"),
         (pandas.DataFrame(ROWS), "is a DataFrame, .*from_pandas"),
         (iter(ROWS), "is a list_iterator, .*read only once.*from_generator"),
         ((row for row in ROWS), "is a generator, .*read only once"),
         ({"prompt": ["a"] * 8}, "is a dict, .*from_dict"),
-        (5, "is a int, which is no dataset"),
+        (5, "is a int, which is not a dataset"),
         (["a", "b"], "is a list, .*must be rows"),
     ],
     ids=["text", "frame", "iterator", "generator", "columns", "number", "texts"],
@@ -128,7 +128,7 @@ def test_a_processor_lends_its_tokenizer_and_is_saved(build):
 
 
 def test_a_processing_class_without_a_tokenizer_is_told(build):
-    with pytest.raises(TypeError, match=r"object.* is no tokenizer, and holds none"):
+    with pytest.raises(TypeError, match=r"object.* is not a tokenizer and holds none"):
         build(processing_class=object())
 
 

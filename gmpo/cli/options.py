@@ -157,7 +157,10 @@ def unknown_option(name: str, known: Iterable[str], *, source: str = "") -> str:
     dashes = "--" if name.startswith("-") else ""
     bare = plain_name(name)
     if not dashes and not source:
-        return f"{name!r} stands alone. Options are --name value; a config file is --config FILE."
+        return (
+            f"{name!r} has no option before it. Options are --name value; "
+            "a config file is --config FILE."
+        )
 
     if bare in PEER_KEYS:
         mapping, key = PEER_KEYS[bare]

@@ -255,7 +255,7 @@ class Parameters:
             return
         hint = ""
         if missing[0] == "self":
-            hint = " It is a method of a class: pass that of an object."
+            hint = " It is a method of a class: pass the method of an object."
         raise ValueError(
             f"Reward function {name!r} needs {', '.join(map(repr, missing))}, which the dataset "
             f"does not have.{hint} It can get: {', '.join(keywords)}."

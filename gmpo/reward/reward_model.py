@@ -202,7 +202,7 @@ def load_model_reward(name: str, tokenizer: Any, options: RewardModelSettings) -
     untrained = sorted({*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])})
     if untrained:
         raise ValueError(
-            f"{name!r} is no reward model: it has no weights of the right shape for "
+            f"{name!r} is not a reward model: it has no weights of the right shape for "
             f"{', '.join(untrained[:3])}, which would be random. A reward model is a sequence "
             "classifier with num_labels=1."
         )

@@ -187,7 +187,7 @@ def test_no_option_is_taken_for_another_that_begins_like_it():
 
 
 def test_a_file_name_without_its_flag_is_refused():
-    with pytest.raises(ValueError, match=r"'run.yaml' stands alone.*--config FILE"):
+    with pytest.raises(ValueError, match=r"'run.yaml' has no option before it.*--config FILE"):
         parse(["run.yaml"])
 
 

@@ -138,7 +138,7 @@ def test_reserved_columns_are_refused_before_the_run():
 def test_what_can_t_be_called_by_keyword_is_refused():
     with pytest.raises(ValueError, match=r"takes \*args only"):
         build_sources(lambda *args: [0.0])
-    with pytest.raises(ValueError, match=r"needs 'self'.*pass that of an object"):
+    with pytest.raises(ValueError, match=r"needs 'self'.*pass the method of an object"):
         FunctionReward(Judge.__call__).check_columns(["prompt"])
 
 

@@ -26,10 +26,16 @@ CONTINUOUS = {"use_transformers_continuous_batching": True}
         ),
         ({**CONTINUOUS, "generation_engine": "generate"}, "generation_engine='generate' does noth"),
         ({**CONTINUOUS, "cache_implementation": "static"}, "cache_implementation='static' does no"),
-        ({**CONTINUOUS, "top_p": 0.9}, "top_p=0.9 does not go with .*continuous batching off"),
-        ({**CONTINUOUS, "top_k": 3}, "top_k=3 does not go with"),
-        ({**CONTINUOUS, "min_p": 0.1}, "min_p=0.1 does not go with"),
-        ({**CONTINUOUS, "repetition_penalty": 1.2}, "repetition_penalty=1.2 does not go with"),
+        (
+            {**CONTINUOUS, "top_p": 0.9},
+            "top_p=0.9 can't be combined with .*continuous batching off",
+        ),
+        ({**CONTINUOUS, "top_k": 3}, "top_k=3 can't be combined with"),
+        ({**CONTINUOUS, "min_p": 0.1}, "min_p=0.1 can't be combined with"),
+        (
+            {**CONTINUOUS, "repetition_penalty": 1.2},
+            "repetition_penalty=1.2 can't be combined with",
+        ),
         ({**CONTINUOUS, "generation_kwargs": {"stop_strings": ["a"]}}, "stop_strings=.* does not"),
         (
             {**CONTINUOUS, "transformers_continuous_batching_config": {"page_sise": 16}},
