@@ -237,7 +237,7 @@ class ColocatedEngine:
         ]
 
     def serve(self, work: Work, sampling: Sampling) -> None:
-        """Serve until there is no more work: each sample joins vLLM's batch and leaves it by itself.
+        """Serve until there is no more work.  Samples join vLLM's batch and leave it one by one.
 
         Raises:
             VllmError: vLLM gave up on a sample, or it can't be trained on.

@@ -191,7 +191,7 @@ def check_extra(extra: dict[str, Any], regex: str | None) -> None:
         )
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """Return a list of what an option says: None is nothing, anything else but a list is one."""
     if value is None:
         return []

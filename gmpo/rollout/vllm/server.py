@@ -21,7 +21,7 @@ from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.errors import VllmError
 from gmpo.rollout.vllm.http.client import Client
 from gmpo.rollout.vllm.http.fleet import Fleet
-from gmpo.rollout.vllm.http.pull import Homes, pull
+from gmpo.rollout.vllm.http.pull import Homes, Puller
 from gmpo.rollout.vllm.http.samples import finished_samples
 from gmpo.rollout.vllm.sampling import (
     GREEDY,
@@ -323,14 +323,14 @@ class ServerEngine:
     def _pull(self, work: Work, options: VllmSampling, homes: Homes) -> None:
         self._params(options)  # raises what is wrong with them before anything is asked for
         self._scale_logits(options)
-        pull(
+        puller = Puller(
             work,
             partial(self._complete, options),
             homes,
             at_a_time=AT_A_TIME,
             samples_per_request=self.fleet.max_num_seqs,
-            on_error=self._end_others,
         )
+        puller.run(on_error=self._end_others)
 
     def _end_others(self, error: BaseException) -> None:
         """End the requests that still wait, unless their samples will be of use."""

@@ -23,6 +23,7 @@ ANSWER_BYTES = 2**30  # longer answers are refused
 CONNECT_ATTEMPTS = 3  # before anything is sent, so that nothing can happen twice
 HEALTH_TIMEOUT = 5.0  # seconds
 PAUSE = 0.5  # seconds between two looks at a server that has not come yet
+Json = dict[str, Any] | list[Any] | str | float | bool | None
 HOW_TO_START = "Start it with `gmpo serve MODEL`, or as docs/vllm.md tells"
 
 
@@ -55,10 +56,10 @@ class Channel:
     def get(self, path: str) -> Any:
         return self.call("GET", path)
 
-    def post(self, path: str, body: Any = None) -> Any:
+    def post(self, path: str, body: Json = None) -> Any:
         return self.call("POST", path, body)
 
-    def call(self, method: str, path: str, body: Any = None) -> Any:
+    def call(self, method: str, path: str, body: Json = None) -> Any:
         """Return the answer's JSON, or None if it is empty.
 
         Raises:
@@ -73,7 +74,7 @@ class Channel:
         return answer
 
     def exchange(
-        self, method: str, path: str, body: Any = None, *, timeout: float | None = None
+        self, method: str, path: str, body: Json = None, *, timeout: float | None = None
     ) -> tuple[int, bytes]:
         """Return status and content of the answer.
 
@@ -88,7 +89,7 @@ class Channel:
                 raise http.client.IncompleteRead(content, response.length)
         return response.status, content
 
-    def stream(self, path: str, body: Any, *, works: Callable[[], bool]) -> Iterator[Any]:
+    def stream(self, path: str, body: Json, *, works: Callable[[], bool]) -> Iterator[Any]:
         """Yield the JSON of each event of an answer (server-sent events), as they come.
 
         Args:
@@ -135,7 +136,7 @@ class Channel:
         except ValueError:
             raise VllmError(f"{what} was answered with garbage: {data[:80]!r}.") from None
 
-    def _refuse(self, what: str, status: int, answer: Any) -> NoReturn:
+    def _refuse(self, what: str, status: int, answer: Json) -> NoReturn:
         """Raise what an answer that is an error says."""
         if status == 401:
             raise VllmError(
@@ -150,7 +151,7 @@ class Channel:
 
     @contextmanager
     def _answer(
-        self, method: str, path: str, body: Any, watch: "Watch"
+        self, method: str, path: str, body: Json, watch: "Watch"
     ) -> Iterator[http.client.HTTPResponse]:
         """Send a request, and turn whatever fails until the block ends into a VllmError."""
         what = f"{method} {self.address}{path}"
@@ -292,7 +293,7 @@ def silence(what: str, seconds: float) -> VllmError:
     return VllmError(f"{what} was not answered within {seconds:g} seconds.", lost=True)
 
 
-def message_of(answer: Any) -> str:
+def message_of(answer: Json) -> str:
     """Return the message of an error answer, without vLLM's wrapping."""
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     text = str(error.get("message", error) if isinstance(error, dict) else error)

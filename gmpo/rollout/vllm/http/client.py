@@ -226,7 +226,7 @@ class Client:
         except ValueError:
             return None
 
-    def prompt_logprobs(self, ids: list[int], *, adapter: str | None, **params: Any) -> list[Any]:
+    def prompt_logprobs(self, ids: list[int], *, adapter: str | None, **params: float) -> list[Any]:
         """Return vLLM's report of each token of a text: a table from token to report, or None.
 
         Args:
@@ -234,9 +234,9 @@ class Client:
             adapter: Name of the adapter to apply; None for the model's own weights.
             params: Further sampling options.
         """
-        params = {"max_tokens": 1, "prompt_logprobs": 0, **params}
+        sampling = {"max_tokens": 1, "prompt_logprobs": 0, **params}
         answer = self.channel.post(
-            GENERATE, {"token_ids": ids, "model": adapter, "sampling_params": params}
+            GENERATE, {"token_ids": ids, "model": adapter, "sampling_params": sampling}
         )
         reports = answer.get("prompt_logprobs") if isinstance(answer, dict) else None
         if not isinstance(reports, list) or len(reports) != len(ids):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
@@ -55,18 +54,10 @@ class Homes:
         return self.homes[key][1]
 
 
-def pull(
-    work: Work,
-    ask: Ask,
-    homes: Homes,
-    *,
-    at_a_time: int,
-    samples_per_request: int,
-    on_error: Callable[[BaseException], None],
-) -> None:
-    """Serve `work` until there is no more.
+class Puller:
+    """Asks servers for the requests of `work`, and gives it their samples.
 
-    `work` is called from this thread only; `ask` runs in others.
+    `work` is called from the thread that calls `run` only; `ask` runs in others.
 
     Args:
         work: The requests.
@@ -74,57 +65,89 @@ def pull(
         homes: The server of each request.
         at_a_time: Requests to servers.
         samples_per_request: The most that a server takes; larger requests are asked for in parts.
-        on_error: Called with the first error, before the other threads are waited for: may end
-            them.
-
-    Raises:
-        BaseException: The first error.  All samples that were finished have been given.
     """
-    events: SimpleQueue[Finished | Ended] = SimpleQueue()
 
-    def run(request: Request, start: int, part: Request) -> None:
+    def __init__(
+        self, work: Work, ask: Ask, homes: Homes, *, at_a_time: int, samples_per_request: int
+    ) -> None:
+        self.work = work
+        self.ask = ask
+        self.homes = homes
+        self.at_a_time = at_a_time
+        self.samples_per_request = samples_per_request
+        self.pool = ThreadPoolExecutor(max_workers=at_a_time)
+        self.events: SimpleQueue[Finished | Ended] = SimpleQueue()
+        self.num_open = 0
+        self.over = False  # there will be no more requests
+
+    def run(self, *, on_error: Callable[[BaseException], None]) -> None:
+        """Serve until there is no more work.
+
+        Args:
+            on_error: Called with the first error, before the other threads are waited for: may end
+                them.
+
+        Raises:
+            BaseException: The first error.  All samples that were finished have been given.
+        """
         try:
-            for number, completion in ask(homes.of(request), part):
-                events.put(Finished(request, start + number, completion))
-            events.put(Ended(None))
+            while self.num_open or not self.over:
+                self._take()
+                self._handle_next()
         except BaseException as error:
-            events.put(Ended(error))
+            # Cancel first, or others would begin in the place of those that are ended.
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            on_error(error)
+            raise
+        finally:
+            self.pool.shutdown(wait=True)
+            self._give_the_rest()
 
-    pool = ThreadPoolExecutor(max_workers=at_a_time)
-    num_open, over = 0, False
-    try:
-        while num_open or not over:
-            room = at_a_time - num_open
-            if room > 0 and not over:
-                taken = work.take(room, wait=num_open == 0)
-                over = taken is None
-                for request in taken or ():
-                    homes.of(request)  # here, so that the order of requests decides
-                    for start, part in parts(request, samples_per_request):
-                        pool.submit(run, request, start, part)
-                        num_open += 1
+    def _take(self) -> None:
+        """Take as many requests as there is room for, and begin to ask for them."""
+        room = self.at_a_time - self.num_open
+        if self.over or room <= 0:
+            return
 
-            # Look for more work meanwhile, unless there is no room or no more of it.
-            patience = POLL if at_a_time > num_open and not over else None
-            with suppress(Empty):
-                event = events.get(timeout=patience) if num_open else None
-                if isinstance(event, Finished):
-                    work.give(event.request, event.number, event.completion)
-                elif isinstance(event, Ended):
-                    num_open -= 1
-                    if event.error is not None:
-                        raise event.error
-    except BaseException as error:
-        # Cancel first, or others would begin in the place of those that are ended.
-        pool.shutdown(wait=False, cancel_futures=True)
-        on_error(error)
-        raise
-    finally:
-        pool.shutdown(wait=True)
-        while not events.empty():
-            event = events.get()
+        taken = self.work.take(room, wait=self.num_open == 0)
+        self.over = taken is None
+        for request in taken or ():
+            client = self.homes.of(request)
+            for start, part in parts(request, self.samples_per_request):
+                self.pool.submit(self._ask, client, request, start, part)
+                self.num_open += 1
+
+    def _ask(self, client: Client, request: Request, start: int, part: Request) -> None:
+        try:
+            for number, completion in self.ask(client, part):
+                self.events.put(Finished(request, start + number, completion))
+            self.events.put(Ended(None))
+        except BaseException as error:
+            self.events.put(Ended(error))
+
+    def _handle_next(self) -> None:
+        """Wait for the next event: not for long, if requests may become ready meanwhile."""
+        if not self.num_open:
+            return
+        may_take = self.num_open < self.at_a_time and not self.over
+        try:
+            event = self.events.get(timeout=POLL if may_take else None)
+        except Empty:
+            return
+
+        if isinstance(event, Finished):
+            self.work.give(event.request, event.number, event.completion)
+            return
+        self.num_open -= 1
+        if event.error is not None:
+            raise event.error
+
+    def _give_the_rest(self) -> None:
+        """Give what was finished while an error ended the rest."""
+        while not self.events.empty():
+            event = self.events.get()
             if isinstance(event, Finished):
-                work.give(event.request, event.number, event.completion)
+                self.work.give(event.request, event.number, event.completion)
 
 
 def parts(request: Request, at_most: int) -> Iterator[tuple[int, Request]]:

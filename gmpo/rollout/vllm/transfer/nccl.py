@@ -12,12 +12,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 
 from gmpo.rollout.vllm.transfer.carriers import NamedTensor, Receiver, TrainerEngine
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +97,15 @@ def trainer_engine(
     return engine
 
 
-def in_thread(work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+def in_thread(
+    work: Callable[Arguments, Result], *arguments: Arguments.args, **options: Arguments.kwargs
+) -> Future[Result]:
     """Run `work` in a thread that does not keep the process from ending."""
-    future: Future[Any] = Future()
+    future: Future[Result] = Future()
 
     def run() -> None:
         try:
-            future.set_result(work(*arguments))
+            future.set_result(work(*arguments, **options))
         except BaseException as error:
             future.set_exception(error)
 

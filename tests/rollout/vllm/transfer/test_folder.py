@@ -1,4 +1,4 @@
-"""The folder of files between trainer and servers: who can read it, and that it goes with its run."""
+"""The folder of files for servers: who can read it, and that it goes with its run."""
 
 import os
 import stat
