@@ -1,4 +1,4 @@
-"""One of two training ranks that share a vLLM engine by tensor parallelism; started by test_ranks.py."""
+"""One of two ranks that share a vLLM engine by tensor parallelism; started by test_ranks.py."""
 
 import torch
 import torch._dynamo

@@ -14,7 +14,8 @@ import psutil
 
 START = 600.0  # seconds, on a busy machine
 ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",  # else a helper of log-probs is compiled, which takes longer than a test
+    # Else a helper of log-probs is compiled, which takes longer than a test.
+    "TORCHDYNAMO_DISABLE": "1",
     "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",  # else each process imports vLLM anew
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -71,7 +72,7 @@ class Server:
         os.killpg(self.process.pid, number)
 
     def kill_engine(self):
-        """The process that computes, and not the one that listens: what happens where memory runs out."""
+        """End the process that computes, not the one that listens, as where memory runs out."""
         (engine,) = [
             p
             for p in psutil.Process(self.process.pid).children(recursive=True)

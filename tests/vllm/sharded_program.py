@@ -22,7 +22,7 @@ RUNS = {
 
 
 def train_and_score(folder, options):
-    """By run: the weights that training left, and the log-probs that the engine has of fixed sequences."""
+    """Return, by run, the weights after training, and the engine's log-probs of fixed sequences."""
     torch._dynamo.config.disable = True
     colocated = {"vllm_max_model_length": 64, "vllm_engine_kwargs": CPU}
     results = {name: trained(folder, **colocated, **case, **options) for name, case in RUNS.items()}

@@ -76,7 +76,7 @@ def kwargs_for(kind):
     return {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1} if kind == "adapter" else {}
 
 
-# -- publication -----------------------------------------------------------------------------------------------------
+# -- publication -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +100,7 @@ def test_after_each_optimizer_step_the_engine_computes_what_is_trained(start, ki
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_half_precision_the_engine_computes_what_is_trained(start, kind):
-    """Two implementations of a forward pass round differently; the mean over tokens is within 0.02 nats."""
+    """Two implementations of a forward pass round differently: by 0.02 nats in the mean."""
     policy = small_policy(kind, dtype=torch.bfloat16)
     engine = start(policy, kwargs=kwargs_for(kind))
     for version in range(3):
@@ -111,7 +111,7 @@ def test_in_half_precision_the_engine_computes_what_is_trained(start, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_published_engine_is_bit_for_bit_a_fresh_one(start, dtype, tmp_path):
-    """The yardstick without rounding: a new engine that vLLM itself loads from a checkpoint of the same weights."""
+    """The yardstick without rounding: an engine that vLLM itself loads from a checkpoint."""
     policy = small_policy(dtype=dtype)
     train(policy, steps=2)
     engine = start(small_policy(dtype=dtype, seed=5))
@@ -204,7 +204,7 @@ def test_a_publication_that_stops_half_way_does_not_leave_its_half_to_the_next(s
     assert distances(engine._score, policy).max() < 1e-4
 
 
-# -- completions -----------------------------------------------------------------------------------------------------
+# -- completions -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def test_a_regex_restricts_the_text_and_then_no_log_probs_are_reported(start):
 
 
 def test_prompts_that_do_not_fit_into_one_batch_wait(start):
-    """Else vLLM would read one in parts, and fail on the random numbers of that request, on CPUs."""
+    """Else vLLM would read one in parts, and on CPUs fail on that request's random numbers."""
     policy = small_policy()
     engine = start(policy, kwargs={"max_num_batched_tokens": 64}, vllm_max_model_length=64)
     engine.publish(0)

@@ -82,7 +82,7 @@ def request(ids, count=4, seed=3):
     return Request(Prompt(list(ids), "text"), count, seed)
 
 
-# -- weights ---------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["whole", "merged adapter", "adapter"])
@@ -155,7 +155,7 @@ def test_a_trainer_that_died_while_it_published_does_not_spoil_the_next(server):
     assert distances(logprobs(it), policy).max() < 1e-4
 
 
-# -- who may ---------------------------------------------------------------------------------------------------------
+# -- who may ---------------------------------------------------------------------------------------
 
 
 ROUTES = [
@@ -186,7 +186,7 @@ def test_the_token_was_found_by_the_port(server):
 
 
 def test_it_listens_on_this_machine_alone(server):
-    """/proc/net/tcp holds addresses as hexadecimal numbers; 0100007F is 127.0.0.1, state 0A is listening."""
+    """In /proc/net/tcp 0100007F is 127.0.0.1, and the state 0A is listening."""
     with open("/proc/net/tcp") as file:
         sockets = [line.split()[1:4] for line in file.readlines()[1:]]
     listening = [local.split(":") for local, _, state in sockets if state == "0A"]
@@ -219,7 +219,7 @@ def test_a_file_that_the_server_cannot_see_is_named(server, tmp_path, monkeypatc
         it.publish(0)
 
 
-# -- servers that can't be used ---------------------------------------------------------------------------------------
+# -- servers that can't be used --------------------------------------------------------------------
 
 
 def refused(address, match, seconds=240.0):
@@ -235,14 +235,20 @@ def refused(address, match, seconds=240.0):
 
 def test_no_server_there():
     address = f"http://127.0.0.1:{free_port()}"
-    match = f"No healthy vLLM server at {address} within 4 seconds: .* found no server .* Start it with `gmpo serve"
+    match = (
+        f"No healthy vLLM server at {address} within 4 seconds: .* found no server .* Start it "
+        "with `gmpo serve"
+    )
     assert refused(address, match, seconds=4.0) < 4.0 + SLACK
 
 
 def test_a_server_that_does_not_answer_is_not_healthy(server):
     server.signal(signal.SIGSTOP)
     try:
-        match = rf"No healthy vLLM server at {server.address} within 8 seconds: .* was not answered within"
+        match = (
+            rf"No healthy vLLM server at {server.address} within 8 seconds: .* was not answered "
+            "within"
+        )
         assert refused(server.address, match, seconds=8.0) < 8.0 + SLACK
     finally:
         server.signal(signal.SIGCONT)
@@ -273,7 +279,7 @@ def test_a_prompt_that_is_too_long_is_named_before_it_is_sent(server):
         it.generate([request([5] * 8190)], Sampling(5))
 
 
-# -- what can happen to a server -------------------------------------------------------------------------------------
+# -- what can happen to a server -------------------------------------------------------------------
 
 
 def generating(it):
@@ -385,7 +391,7 @@ def test_paused_during_publication(server, step):
 
 
 def test_with_reconnect_training_goes_on_after_a_kill(server, tmp_path, caplog):
-    """The server dies in the second collection and comes back; the run ends as if nothing had happened."""
+    """The server dies in the second collection and comes back; the run ends as if it had not."""
     caplog.set_level(logging.WARNING)
     trainer = run(server, tmp_path, vllm_server_reconnect=600.0)
     seen = []

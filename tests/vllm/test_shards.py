@@ -1,4 +1,4 @@
-"""Two ranks that train with vLLM, copied or sharded: an engine each, one engine for both, or a server."""
+"""Two ranks that train with vLLM, copied or sharded: an engine each, one for both, or a server."""
 
 import pytest
 import torch

@@ -164,7 +164,8 @@ def test_an_engine_that_computes_something_else_is_refused():
             it.publish(0)
 
 
-def test_temperature_is_the_servers_logit_scale_so_that_raw_log_probs_are_of_the_sampled_distribution():
+def test_temperature_is_the_servers_logit_scale():
+    """So that raw log-probs are of the distribution that was sampled from."""
     with FakeVllm() as server:
         it = engine(server)
         it.publish(0)
@@ -556,7 +557,7 @@ def test_with_reconnect_a_server_that_fails_again_and_again_ends_the_run():
         assert server.count(GENERATE) == before + 4
 
 
-# -- requests as they come ---------------------------------------------------------------------------
+# -- requests as they come -------------------------------------------------------------------------
 
 
 class Conversations:

@@ -1,4 +1,4 @@
-"""The weights that a checkpoint of the policy would hold, one at a time, and the policy untouched."""
+"""The weights that a checkpoint of the policy would hold, one by one, and the policy untouched."""
 
 import copy
 

@@ -84,7 +84,10 @@ def test_a_wrong_token_is_named():
 
 
 def test_what_the_worker_says_is_passed_on_without_its_wrapping():
-    wrapped = "Call to collective_rpc method failed: Worker failed with error 'Sit down', please check the stack trace"
+    wrapped = (
+        "Call to collective_rpc method failed: Worker failed with error 'Sit down', please check "
+        "the stack trace"
+    )
     with (
         FakeVllm(answers={PATH: error(500, wrapped + " above")}) as server,
         pytest.raises(VllmError, match=r"was answered with 500: Sit down$") as fault,
@@ -105,7 +108,7 @@ def test_waiting_ends_with_what_was_wrong():
         FakeVllm(answers={"/health": (503, b"")}) as server,
         pytest.raises(
             VllmError,
-            match=r"within 1 seconds: GET .*/health was answered with 503. Start it with `gmpo serve",
+            match=r"within 1 seconds: GET .*/health was answered with 503. Start it with `gmpo",
         ),
     ):
         channel(server).wait(1.0)

@@ -145,7 +145,7 @@ def test_nccl_does_not_wait_for_a_lost_peer_for_ever(name):
 
 
 def test_nccl_tells_at_once_why_nobody_joined():
-    """The queue is full by then: the trainer used to wait for the whole timeout, and say only that."""
+    """The queue is full by then: the trainer used to wait for the timeout, and say only that."""
     many = [(str(number), torch.zeros(1)) for number in range(50)]
 
     def make(source):
