@@ -14,6 +14,7 @@ H hidden.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -140,6 +141,25 @@ class TokenLogProbs:
     entropy: Tensor
     # Scalar load-balancing loss of mixture-of-experts models, not yet weighted
     router_loss: Tensor | None = None
+
+
+# Names of logged figures that are ours or the Trainer's, ...
+OWN_FIGURES = {
+    *("step", "epoch", "time", "loss", "grad_norm", "learning_rate", "total_flos", "runtime"),
+    *("num_tokens", "num_input_tokens_seen", "step_time", "nonfinite_steps"),
+    *("reward", "reward_std", "frac_reward_zero_std"),
+    *("entropy", "entropy_coef", "kl", "policy_loss", "aux_loss"),
+}
+# ... and how others of them begin and end.
+OWN_FIGURE = re.compile(
+    r"(completions|clip_ratio|log_ratio|rho|sampling|signal|time|tokens_per_second|memory|entropy)/"
+    r"|(eval|train|test)_|rewards/.*/(mean|std)$"
+)
+
+
+def is_own_figure(name: str) -> bool:
+    """Return whether a logged figure is gmpo's or the Trainer's, so that no reward may take it."""
+    return name in OWN_FIGURES or OWN_FIGURE.match(name) is not None
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ A report that can't be written is a warning, never the end of a run.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,10 @@ class CompletionRecords:
                 own_name(name, "reward"): [as_score(v) for v in values]
                 for name, values in self.rewards.items()
             },
-            **{own_name(name, "extra"): as_column(values) for name, values in self.extras.items()},
+            **{
+                own_name(name, "extra", taken=self.rewards): as_column(values)
+                for name, values in self.extras.items()
+            },
             "advantage": [as_score(value) for value in self.advantages],
         }
         return [
@@ -186,8 +189,9 @@ def as_score(value: float | None) -> float | None:
     return None if value is None or value != value else float(value)
 
 
-def own_name(name: str, kind: str) -> str:
-    return f"{kind}/{name}" if name in OWN_COLUMNS else name
+def own_name(name: str, kind: str, *, taken: Collection[str] = ()) -> str:
+    """Return a column's name, with its kind before it if the name is `taken` or one of ours."""
+    return f"{kind}/{name}" if name in OWN_COLUMNS or name in taken else name
 
 
 def step_of(file: Path) -> int:

@@ -26,7 +26,7 @@ from gmpo.reward.answers import as_number, as_scores, short
 from gmpo.reward.functions import FunctionReward
 from gmpo.reward.sources import columns_of
 from gmpo.reward.types import RewardCall, RewardSource
-from gmpo.types import Rollout
+from gmpo.types import Rollout, is_own_figure
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ class Remarks:
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Keep a column, one value per completion, for the table of completions."""
+        self._check_text("log_extra", column)
         values = list(values)
         if len(values) != self.num_rows:
             raise ValueError(
@@ -128,6 +129,13 @@ class Remarks:
 
     def log_metric(self, name: str, value: float) -> None:
         """Add to a mean over all calls and ranks until the next log; NaN and None are left out."""
+        self._check_text("log_metric", name)
+        if is_own_figure(name):
+            raise ValueError(
+                f"Reward {self.name!r} called log_metric({name!r}, ...), and {name!r} is a figure "
+                "that the log has already. Choose another name, for example "
+                f"{f'{self.name}/{name}'!r}."
+            )
         number = as_number(value)
         if number is None or math.isinf(number):
             raise ValueError(
@@ -136,6 +144,12 @@ class Remarks:
             )
         if not math.isnan(number):
             add_up(self.metrics, {name: (number, 1.0)})
+
+    def _check_text(self, method: str, name: object) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"Reward {self.name!r} called {method}({name!r}, ...). The name must be a text."
+            )
 
 
 def add_up(sums: dict[str, tuple[float, float]], more: Mapping[str, tuple[float, float]]) -> None:
