@@ -272,6 +272,74 @@ def torch_compile(monkeypatch, folder):
         torch.testing.assert_close(compiled.trainer.model.state_dict()[name], value)
 
 
+def compiled_with(monkeypatch, **options):
+    """What torch.compile is called with for the policy of a run."""
+    compile_ = Recorder()
+    monkeypatch.setattr(torch, "compile", lambda model, **kw: compile_(**kw) or model)
+    fresh_run(SCENARIOS["gmpo"], max_steps=1, batch_layout="padded", **options)
+    return [keywords for _, keywords in compile_.calls]
+
+
+def torch_compile_backend(monkeypatch, folder):
+    (keywords,) = compiled_with(monkeypatch, torch_compile_backend="eager")
+    assert keywords["backend"] == "eager"
+
+
+def torch_compile_mode(monkeypatch, folder):
+    (keywords,) = compiled_with(monkeypatch, torch_compile_mode="reduce-overhead")
+    assert keywords["mode"] == "reduce-overhead"
+
+
+def gradient_checkpointing_kwargs(monkeypatch, folder):
+    from transformers import modeling_utils
+
+    plain = modeling_utils.checkpoint
+    seen = set()
+
+    def checkpoint(*arguments, **keywords):
+        seen.add(keywords["use_reentrant"])
+        return plain(*arguments, **keywords)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", checkpoint)
+    for reentrant in (True, False):
+        seen.clear()
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        fresh_run(SCENARIOS["gmpo"], max_steps=1, gradient_checkpointing=True, **options)
+        assert seen == {reentrant}
+
+
+def continuous_batching_config(monkeypatch, folder):
+    from transformers import ContinuousBatchingConfig
+
+    made = []
+    plain = ContinuousBatchingConfig.__init__
+
+    def init(self, *arguments, **keywords):
+        plain(self, *arguments, **keywords)
+        made.extend([self.page_size] if keywords else [])  # not one made for its defaults
+
+    monkeypatch.setattr(ContinuousBatchingConfig, "__init__", init)
+    sizes = []
+    for config in ({"page_size": 16}, {"page_size": 32}):
+        made.clear()
+        options = {"use_transformers_continuous_batching": True, "max_steps": 1}
+        result = fresh_run(
+            SCENARIOS["gmpo"], transformers_continuous_batching_config=config, **options
+        )
+        assert result.collections
+        sizes.append(set(made))
+    assert sizes == [{16}, {32}]
+
+
+def dataloader_pin_memory(monkeypatch, folder):
+    """The loader pins where there is a GPU; on a CPU torch itself leaves it."""
+    for pinned in (True, False):
+        options = {"use_cpu": False, "dataloader_pin_memory": pinned}
+        trainer = build(SCENARIOS["eval"], options, folder / str(pinned))
+        assert trainer.get_train_dataloader().pin_memory is pinned
+        assert trainer.get_eval_dataloader().pin_memory is pinned
+
+
 def use_liger_kernel(monkeypatch, folder):
     apply = Recorder()
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
@@ -425,7 +493,7 @@ def eval_use_gather_object(monkeypatch, folder):
 
     used = Recorder()
     monkeypatch.setattr(
-        "gmpo.trainer.all_gather_as_objects",
+        "gmpo.distributed.all_gather_as_objects",
         lambda value: (used(value), all_gather_as_objects(value))[1],
     )
     fresh_run(SCENARIOS["evaluate"])
@@ -633,7 +701,7 @@ def deepspeed(monkeypatch, folder):
     import importlib.util
 
     if importlib.util.find_spec("deepspeed") is None:
-        with pytest.raises(ImportError, match=r"(?i)deepspeed"):
+        with pytest.raises(ValueError, match=r"deepspeed is set, but .*not installed"):
             GMPOConfig(str(folder), deepspeed={"zero_optimization": {"stage": 3}})
     else:
         config = GMPOConfig(str(folder), deepspeed={"zero_optimization": {"stage": 3}})

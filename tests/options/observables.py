@@ -114,6 +114,16 @@ def training_shapes(run: Run) -> Any:
     ]
 
 
+def layer_passes(run: Run) -> Any:
+    """How often the first layer computed while the policy was trained."""
+    return run.layer_passes
+
+
+def twice_the_layer_passes(run: Run) -> Any:
+    """Twice as often as the model was called for training."""
+    return 2 * len(training_shapes(run))
+
+
 def caches(run: Run) -> Any:
     """Kinds of the caches that the model is called with."""
     return sorted(

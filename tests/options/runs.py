@@ -74,9 +74,9 @@ class Run:
     forwards: list[dict[str, Any]] = field(
         default_factory=list
     )  # what the model was called with; tensors as shapes
+    layer_passes: int = 0  # of the first layer, in training
     printed: str = ""
     evaluation: dict[str, float] = field(default_factory=dict)
-    compiler: Any = None  # accelerate's plugin, which all Accelerators of a process share
 
     @property
     def args(self) -> Any:
@@ -305,7 +305,6 @@ def fresh_run(scenario: Scenario, **options: Any) -> Run:
         contextlib.redirect_stdout(io.StringIO()) as printed,
     ):
         evaluation = scenario.act(trainer)
-    result.compiler = trainer.accelerator.state.dynamo_plugin
     result.printed = printed.getvalue()
     result.evaluation = evaluation if isinstance(evaluation, dict) else {}
     return result
@@ -323,9 +322,15 @@ def recorded(trainer: Any, result: Run) -> Iterator[None]:
         shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in keywords.items()}
         result.forwards.append({**shapes, "training": module.training})
 
+    def passing(module, args):
+        result.layer_passes += module.training
+
     result.collections = collections_of(trainer)
-    handle = trainer.unwrapped_policy().base_model.register_forward_pre_hook(
-        calling, with_kwargs=True
-    )
+    model = trainer.unwrapped_policy().base_model
+    handles = [
+        model.register_forward_pre_hook(calling, with_kwargs=True),
+        model.layers[0].input_layernorm.register_forward_pre_hook(passing),
+    ]
     yield
-    handle.remove()
+    for handle in handles:
+        handle.remove()

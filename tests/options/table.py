@@ -27,6 +27,10 @@ EXCEPTIONS = {  # field -> (a value, why nothing can be felt of it); only what n
         True,
         "for the user's own script: no Trainer reads it, and the config keeps it for the script",
     ),
+    "do_eval": (
+        True,
+        "for the user's own script: the Trainer evaluates by eval_strategy, which sets it",
+    ),
     "do_predict": (
         True,
         "for the user's own script: no Trainer reads it, and the config keeps it for the script",
@@ -117,7 +121,7 @@ OBJECTIVE: dict[str, Row] = {
     "entropy_coef_delta": Acts(0.5, o.weights, given=ADAPTIVE),
     "entropy_target": Acts(0.0, o.weights, given=ADAPTIVE),
     "vllm_importance_sampling_correction": Acts(False, o.weights, scenario="drifted"),
-    "vllm_importance_sampling_mode": Acts("token_truncate", o.weights, scenario="drifted"),
+    "vllm_importance_sampling_mode": Acts("sequence_mask", o.weights, scenario="drifted"),
     "vllm_importance_sampling_clip_max": Acts(1.01, o.weights, scenario="drifted"),
     "vllm_importance_sampling_clip_min": Acts(0.99, o.weights, scenario="drifted"),
     "vllm_importance_sampling_cap": Acts(1.01, o.weights, scenario="drifted", given=TRUNCATE),
@@ -144,13 +148,7 @@ ROLLOUT: dict[str, Row] = {
         "static", o.caches, to=["StaticCache"], given={"generation_engine": "generate"}
     ),
     "use_transformers_continuous_batching": Acts(True, o.engine, to="ContinuousEngine"),
-    "transformers_continuous_batching_config": Acts(
-        {"page_size": 16},
-        lambda run: run.trainer.stages.engine.engines[0].options,
-        to={"page_size": 16},
-        scenario="built",
-        given={"use_transformers_continuous_batching": True},
-    ),
+    "transformers_continuous_batching_config": Checked(checks.continuous_batching_config),
     "use_transformers_paged": Acts(True, o.engine, to="ContinuousEngine"),
     "ds3_gather_for_generation": Checked(checks.ds3_gather_for_generation),
     "max_tool_calling_iterations": Refused(3, "not available yet"),
@@ -229,24 +227,11 @@ MODEL: dict[str, Row] = {
         True, lambda run: str(run.trainer.model.dtype), to="torch.float16", scenario="evaluate"
     ),
     "tf32": Checked(checks.tf32),
-    "gradient_checkpointing": Acts(
-        True, lambda run: run.trainer.model.is_gradient_checkpointing, to=True
-    ),
-    "gradient_checkpointing_kwargs": Acts(
-        {"use_reentrant": True},
-        lambda run: run.trainer.model.model.layers[0]._gradient_checkpointing_func.keywords[
-            "use_reentrant"
-        ],
-        to=True,
-        given={"gradient_checkpointing": True},
-    ),
+    "gradient_checkpointing": Acts(True, o.layer_passes, to=o.twice_the_layer_passes),
+    "gradient_checkpointing_kwargs": Checked(checks.gradient_checkpointing_kwargs),
     "torch_compile": Checked(checks.torch_compile),
-    "torch_compile_backend": Acts(
-        "eager", lambda run: run.compiler.backend.name, to="EAGER", scenario="built"
-    ),
-    "torch_compile_mode": Acts(
-        "reduce-overhead", lambda run: run.compiler.mode, to="reduce-overhead", scenario="built"
-    ),
+    "torch_compile_backend": Checked(checks.torch_compile_backend),
+    "torch_compile_mode": Checked(checks.torch_compile_mode),
     "use_liger_kernel": Checked(checks.use_liger_kernel),
     "liger_kernel_config": Refused({"rope": False}, "liger_kernel_config=.*use_liger_kernel"),
     "use_cache": Acts(True, lambda run: run.trainer.model.config.use_cache, to=True),
@@ -283,7 +268,6 @@ EVALUATION: dict[str, Row] = {
     "eval_steps": Acts(2, o.evaluated_steps, to=[2], scenario="eval"),
     "eval_delay": Acts(2, o.evaluated_steps, to=[2], scenario="eval"),
     "eval_on_start": Acts(True, o.evaluated_steps, to=[0, 1, 2], scenario="eval"),
-    "do_eval": Acts(True, lambda run: run.args.do_eval, to=True),
     "per_device_eval_batch_size": Acts(2, o.collected, to=[2, 2, 2], scenario="evaluate"),
     "prediction_loss_only": Acts(
         True, lambda run: "eval_predictions" in run.evaluation, to=False, scenario="evaluate"
@@ -360,9 +344,7 @@ LOADING: dict[str, Row] = {
     "remove_unused_columns": Acts(True, lambda run: "wanted" in o.columns(run), to=False),
     "dataloader_drop_last": Acts(True, o.collected, to=[4], scenario="evaluate"),
     "dataloader_num_workers": Acts(1, o.loader("num_workers"), to=1),
-    "dataloader_pin_memory": Acts(
-        False, lambda run: run.args.dataloader_pin_memory, to=False, given={"use_cpu": False}
-    ),
+    "dataloader_pin_memory": Checked(checks.dataloader_pin_memory),
     "dataloader_persistent_workers": Acts(
         True,
         o.loader("persistent_workers"),
