@@ -115,8 +115,8 @@ def test_mappings_are_yaml_in_the_file_and_json_or_yaml_in_flags(config_file):
     assert script.dataset_kwargs == {"size": 5}
     assert config.generation_kwargs == {"stop_strings": ["x"]}
     assert script.peft == {"r": 16}
-    assert parse([*BASICS, "--generation_kwargs", '{"seed": 1}'])[1].generation_kwargs == {
-        "seed": 1
+    assert parse([*BASICS, "--generation_kwargs", '{"min_length": 1}'])[1].generation_kwargs == {
+        "min_length": 1
     }
 
 
@@ -272,8 +272,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
 
 
 def test_mappings_of_the_trainer_are_yaml_in_flags_too():
-    _, config = parse([*BASICS, "--generation_kwargs", "{seed: 1}"])
-    assert config.generation_kwargs == {"seed": 1}
+    _, config = parse([*BASICS, "--generation_kwargs", "{min_length: 1}"])
+    assert config.generation_kwargs == {"min_length": 1}
 
 
 def test_several_files_and_patterns_are_one_dataset(tmp_path):

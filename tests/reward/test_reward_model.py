@@ -272,12 +272,12 @@ def refused(rewards, tokenizers=None):
 
 def test_a_checkpoint_whose_head_would_be_random_is_refused(tmp_path):
     message = refused(save(tmp_path / "language_model", make_model(LlamaForCausalLM)))
-    assert "no reward model" in message and "score.weight" in message
+    assert "not a reward model" in message and "score.weight" in message
 
 
 def test_a_checkpoint_with_several_labels_is_refused(tmp_path):
     message = refused(save(tmp_path / "classes", make_model(num_labels=3)))
-    assert "no reward model" in message and "score.weight" in message
+    assert "not a reward model" in message and "score.weight" in message
 
 
 def test_a_model_with_several_labels_is_refused():
