@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from gmpo.objective.objective import Objective
 from gmpo.objective.selection import entropy_threshold, high_entropy_tokens
 from gmpo.objective.types import Denominators, ObjectiveInputs
 from gmpo.policy.logprobs import LogProbs, scatter
+from gmpo.policy.memory import ChunkSize
 from gmpo.report.metrics import Metrics, Mode, Stopwatch
 from gmpo.types import Batch, Statistics
 
@@ -144,7 +144,7 @@ class Learner:
         self.nonfinite_steps = nonfinite_steps
         self.backward = backward
 
-        self.max_tokens_per_chunk = args.max_tokens_per_chunk
+        self.memory = logprobs.memory
         # Under FSDP and DeepSpeed every rank must make as many passes as the others.
         self.in_step = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
         # DeepSpeed makes the optimizer's step at the end of the last backward pass.
@@ -190,13 +190,13 @@ class Learner:
         self._step_entropy = (torch.zeros(()), torch.zeros(()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the size of the chunks, which `make_room` may have lowered."""
-        return {"max_tokens_per_chunk": self.max_tokens_per_chunk}
+        """Return the size of the chunks, which a lack of memory may have lowered."""
+        return {"max_tokens_per_chunk": self.memory.max_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the chunks of `state`, unless the options ask for smaller ones."""
         known = [self.args.max_tokens_per_chunk, state["max_tokens_per_chunk"]]
-        self.max_tokens_per_chunk = min((size for size in known if size is not None), default=None)
+        self.memory.max_tokens = min((size for size in known if size is not None), default=None)
 
     def skips_silent_rows(self, model: nn.Module) -> bool:
         """Return whether rows with an advantage of 0 move nothing, and may stay out of the passes."""
@@ -223,45 +223,31 @@ class Learner:
             This rank's share of the loss of the optimizer batch, times the number of ranks (which
             are averaged over).
         """
+        repeated: list[tuple[MicroBatch, float]] = []
         while True:
             try:
+                for earlier, its_progress in repeated:
+                    self._add_chunks(model, dataclasses.replace(earlier, mode=None), its_progress)
                 total = self._add_chunks(model, inputs, progress)
                 self._added.append((inputs, progress))
                 return total
-            except torch.OutOfMemoryError as error:
-                self.make_room(error, model, inputs.batch)
+            except Exception as error:
+                batches = [inputs.batch, *[earlier.batch for earlier, _ in repeated]]
+                self.memory.make_room(error, self._sizes(model, batches))
 
-            # Here, and not above, where the error still holds the tensors of the failed pass.
             model.zero_grad()
             self.nonfinite_steps.begin_step()
-            for earlier, its_progress in self._added:
-                self._add_chunks(model, dataclasses.replace(earlier, mode=None), its_progress)
+            repeated = self._added
 
-    def make_room(self, error: Exception, model: nn.Module, batch: Batch) -> None:
-        """Halve the chunks; raise `error` where that can't help."""
-        if distributed.world_size() > 1:  # the others are past a collective, or wait in one
-            error.add_note(
-                "Set max_tokens_per_chunk to bound the memory; with one process gmpo finds the bound "
-                "itself."
-            )
-            raise error
-
-        rows, _ = self._rows_with_gradient(model, batch)
-        chunks = [batch.rows(chunk) for chunk in self.chunks(batch, rows)]
-        largest = max(chunks, key=self.logprobs.tokens)
-        if len(largest) == 1:
-            error.add_note(
-                "A single completion with its prompt does not fit. Lower max_completion_length."
-            )
-            raise error
-
-        tokens = self.logprobs.tokens(largest)
-        self.max_tokens_per_chunk = tokens // 2
-        warnings.warn(
-            f"Out of memory in a chunk of {tokens} tokens: the step is repeated with at most "
-            f"{tokens // 2}. Set max_tokens_per_chunk={tokens // 2} to begin there.",
-            stacklevel=2,
-        )
+    def _sizes(self, model: nn.Module, batches: list[Batch]) -> list[ChunkSize]:
+        """Return the sizes of the chunks of some micro-batches; none among several ranks."""
+        if distributed.world_size() > 1:  # cutting may be a collective
+            return []
+        sizes = []
+        for batch in batches:
+            rows, _ = self._rows_with_gradient(model, batch)
+            sizes += map(self.logprobs.sizes_of(batch), self.chunks(batch, rows))
+        return sizes
 
     def _add_chunks(self, model: nn.Module, inputs: MicroBatch, progress: float) -> Tensor:
         """Run forward and backward passes over the rows of `inputs` that can move the policy."""
@@ -386,25 +372,25 @@ class Learner:
         total, statistics = torch.zeros(()), Statistics()
         inputs, select = self.with_selection(model, inputs)
 
-        for rows in self.chunks(batch, torch.arange(len(batch))):
+        def add(rows: Tensor) -> None:
             chunk = dataclasses.replace(inputs, batch=batch.rows(rows))
             chunk_select = select[rows, : chunk.batch.mask.shape[1]]
             share, seen = self.loss(model, chunk, chunk_select, progress=progress)
-            total += share.cpu()
+            total.add_(share.cpu())
             statistics.update(seen)
+
+        self.memory.run(
+            torch.arange(len(batch)),
+            lambda rows: self.chunks(batch, rows),
+            self.logprobs.sizes_of(batch),
+            add,
+        )
         return total, statistics
 
     def chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         """Cut `rows` ([b] int64) into forward chunks; as many on every rank where ranks keep step."""
-        chunks = []
-        if len(rows):
-            part = batch.rows(rows)
-            chunks = [
-                chunk.cpu() for chunk in self.logprobs.chunks(part, self.max_tokens_per_chunk)
-            ]
-        if self.in_step:
-            chunks = distributed.pad_to_max_count(chunks)
-        return [rows[chunk] for chunk in chunks]
+        chunks = self.logprobs.chunks_of(batch, rows.cpu())
+        return distributed.pad_to_max_count(chunks) if self.in_step else chunks
 
     def with_selection(self, model: nn.Module, inputs: MicroBatch) -> tuple[MicroBatch, Tensor]:
         """Return `inputs` with the count of its selected tokens, and these, [B, T]."""

@@ -26,6 +26,7 @@ from gmpo.objective.entropy_bonus import EntropyController
 from gmpo.objective.objective import objective_from
 from gmpo.optimizer_batches import OptimizerBatches
 from gmpo.policy.logprobs import LogProbs
+from gmpo.policy.memory import ChunkMemory
 from gmpo.policy.reference import (
     AdapterCopy,
     FrozenCopy,
@@ -105,6 +106,10 @@ class Stages:
             temperature=self.collector.sampling.scored_temperature,
             repetition_penalty=self.collector.sampling.scored_penalty,
             rows_per_pass=args.per_device_train_batch_size,
+            memory=ChunkMemory(
+                args.max_tokens_per_chunk,
+                deepspeed=accelerator.distributed_type.value == "DEEPSPEED",
+            ),
         )
         self.reference_sync = None
         self.reference_state = None

@@ -34,6 +34,7 @@ from gmpo.policy.layout.attention import attention_by_segments
 from gmpo.policy.layout.chunks import balance, cut
 from gmpo.policy.layout.layout import Layout, Placement, lay_out
 from gmpo.policy.layout.select import LayoutSelector
+from gmpo.policy.memory import ChunkMemory, ChunkSize
 from gmpo.policy.moe import is_mixture, load_balancing_loss, recorded_routers
 from gmpo.policy.settings import PolicySettings
 from gmpo.sharding import sharded
@@ -64,6 +65,7 @@ class LogProbs:
         temperature: Of the distribution that is sampled from.
         repetition_penalty: Of the distribution that is sampled from; 1 for none.
         rows_per_pass: Rows of one forward pass of `compute_without_grad`; None for all of them.
+        memory: The bound on the tokens of a pass; None for one that begins at the settings'.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class LogProbs:
         temperature: float = 1.0,
         repetition_penalty: float = 1.0,
         rows_per_pass: int | None = None,
-    ):
+        memory: ChunkMemory | None = None,
+    ) -> None:
         self.settings = settings
         self.temperature = temperature
         self.repetition_penalty = repetition_penalty
         self.rows_per_pass = rows_per_pass
+        self.memory = memory or ChunkMemory(settings.max_tokens_per_chunk)
         self._layouts = LayoutSelector(settings)
         self._transforms: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()
 
@@ -108,12 +112,18 @@ class LogProbs:
 
         The model is in evaluation mode meanwhile.  Every rank must call where it is sharded.
         """
-        training = model.training
-        model.eval()
-        found = [
-            (rows, self.compute(model, batch.rows(rows))) for rows in self._passes(model, batch)
-        ]
-        model.train(training)
+        found: list[tuple[Tensor, TokenLogProbs]] = []
+
+        def compute(rows: Tensor) -> None:
+            found.append((rows, self.compute(model, batch.rows(rows))))
+
+        def cut(rows: Tensor) -> list[Tensor]:
+            few = rows.split(self.rows_per_pass or max(1, len(rows)))
+            chunks = [chunk for some in few for chunk in self.chunks_of(batch, some)]
+            return pad_to_max_count(chunks) if sharded(model) else chunks
+
+        with eval_mode(model):
+            self.memory.run(torch.arange(len(batch)), cut, self.sizes_of(batch), compute)
 
         dtype = found[0][1].logps.dtype if found else torch.float32
         logps = torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device)
@@ -173,6 +183,18 @@ class LogProbs:
             torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks
         ]
 
+    def chunks_of(self, batch: Batch, rows: Tensor) -> list[Tensor]:
+        """Cut `rows` ([b] int64, on the CPU) of `batch` into chunks that keep to the bound."""
+        if len(rows) == 0:
+            return []
+        chunks = self.chunks(batch.rows(rows), self.memory.max_tokens)
+        return [rows[chunk.cpu()] for chunk in chunks]
+
+    def sizes_of(self, batch: Batch) -> Callable[[Tensor], ChunkSize]:
+        """Return what tells the size of a chunk of `batch`, given its rows."""
+        tokens = self._layouts.tokens_of(batch)
+        return lambda rows: ChunkSize(tokens(rows.tolist()) if len(rows) else 0, len(rows))
+
     def tokens(self, batch: Batch) -> int:
         """Return the number of tokens of `batch` after layout."""
         return self._layouts.tokens_of(batch)(list(range(len(batch))))
@@ -191,14 +213,6 @@ class LogProbs:
 
     def _wants_router_loss(self, model: nn.Module) -> bool:
         return torch.is_grad_enabled() and self.is_routed(model)
-
-    def _passes(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        """Rows ([b] int64) of each forward pass; as many on every rank where the model is sharded."""
-        max_tokens = self.settings.max_tokens_per_chunk
-        passes = []
-        for rows in torch.arange(len(batch)).split(self.rows_per_pass or max(1, len(batch))):
-            passes += [rows[chunk.cpu()] for chunk in self.chunks(batch.rows(rows), max_tokens)]
-        return pad_to_max_count(passes) if sharded(model) else passes
 
     def _prepare(self, model: nn.Module, batch: Batch) -> _ForwardPass:
         """Choose the layout of `batch` and put its tokens in place."""
