@@ -194,8 +194,9 @@ def digest_of_file(path: Path) -> str:
 
 
 def digest_of(value: Plain) -> str:
-    """Return a digest of plain values, the same in every process."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+    """Return a digest of plain values, the same in every process; others count by their type."""
+    text = json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def _checksum(manifest: Mapping[str, Plain]) -> str:

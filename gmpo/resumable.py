@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import os
 import random
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from gmpo.data.sampler import Rows
 from gmpo.distributed import raise_on_all_ranks
 from gmpo.resume_options import apply_to_optimizer, check_resumed, facts_of, hyperparameters
 from gmpo.run_folder import RunFolder
-from gmpo.signals import SignalWatch, say, stopped_by
+from gmpo.signals import SignalWatch, StopRequest, say, stopped_by
 from gmpo.stages import Stages
 
 SHARED = "gmpo_state"  # the same on all ranks; each rank has a file of its own beside it
@@ -101,6 +100,7 @@ class ResumableTrainer(Trainer):
         self._checkpoint: str | None = None  # that this training goes on from
         self._is_random_state_restored = False
         self._is_saving_to: Path | None = None
+        self._has_failed_to_save = False
         self._facts: State = {}
 
     # -- a run's life ----------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self.folder = RunFolder(self._get_output_dir(trial))
-        self._last_step = None
+        self._last_step, self._has_failed_to_save = None, False
         self.stages.reset()
 
         with self.signals.watching(), contextlib.ExitStack() as stack:
@@ -139,9 +139,23 @@ class ResumableTrainer(Trainer):
                 if self.signals.noted is not None:  # while the run was closed
                     raise stopped_by(self.signals.noted)
                 return output
-            except (Exception, KeyboardInterrupt, SystemExit) as error:
-                self._save_last_step(error)
-                raise
+            except (Exception, KeyboardInterrupt, SystemExit, StopRequest) as error:
+                ending = error if self.signals.noted is None else self._as_stop(error)
+                self._save_last_step(ending)
+                if ending is error:
+                    raise
+                raise ending from error
+
+    def _as_stop(self, error: BaseException) -> SystemExit:
+        """Return the exception of the signal that was noted, in the place of what it led to."""
+        if isinstance(error, SystemExit):
+            return error
+        if isinstance(error, Exception):  # a worker process may have got the signal too
+            say(distributed.repr_of(error))
+        stop = stopped_by(cast(int, self.signals.noted))
+        if distributed.is_raised_on_all_ranks(error):
+            stop.raised_on_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue] (a mark)
+        return stop
 
     def _begin(self, resume: str | os.PathLike[str] | bool | None) -> None:
         """Choose the checkpoint to go on from, and make room.  Every rank must call."""
@@ -185,10 +199,9 @@ class ResumableTrainer(Trainer):
         if self.signals.leaving or not distributed.is_raised_on_all_ranks(error):
             return
         last = self._last_step
-        is_saving = self._is_saving_to is not None  # the error comes from there
-        if last is not None and last.step > 0 and not is_saving:
+        if last is not None and last.step > 0 and not self._has_failed_to_save:
             try:
-                if not self.folder.has_whole(last.step):
+                if not distributed.any_rank(self.folder.has_whole(last.step)):
                     self._go_back_to(last)
                     self._save_checkpoint(cast(nn.Module, self.model_wrapped), trial=None)
             except Exception as second:
@@ -196,7 +209,6 @@ class ResumableTrainer(Trainer):
                     f"The {last.step} steps that were learned could not be saved in "
                     f"{self.folder.path}: {distributed.repr_of(second)}. Make room there."
                 )
-        self._is_saving_to = None
         self._tell_where(error)
 
     def _tell_where(self, error: BaseException) -> None:
@@ -222,7 +234,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def is_finished(self) -> bool:
-        """Whether a resumed run had made all its steps before."""
+        """True if a resumed run had made all its steps before."""
         return self._checkpoint is not None and self.state.global_step >= self.state.max_steps
 
     def _evaluate(
@@ -254,34 +266,34 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under another name, and rename it once it is whole."""
         step = self.state.global_step
+        self._has_failed_to_save = True  # until the end
         self._is_saving_to = self.folder.unfinished
         try:
             super()._save_checkpoint(model, trial)
+            distributed.any_rank(False)  # until then, other ranks may be writing
+            with raise_on_all_ranks("finish the checkpoint"):
+                if self.args.should_save:
+                    self._finish(step)
         except BaseException:
-            self._drop_unfinished()
-            raise
-
-        written = self.folder.unfinished / f"checkpoint-{step}"
-        distributed.any_rank(False)  # until then, other ranks may be writing
-        with raise_on_all_ranks("finish the checkpoint"):
             if self.args.should_save:
-                self._note_best(written)
-                finish_checkpoint(
-                    written,
-                    {**self._facts, "step": step, "resumable": not self.args.save_only_model},
-                )
-                move_into_place(written, self.folder.checkpoint(step))
-                self.folder.keep_newest(
-                    self.args.save_total_limit, best=self.state.best_model_checkpoint
-                )
-        self._is_saving_to = None
+                self.folder.recover()  # gives back the room on the disk
+            raise
+        finally:
+            self._is_saving_to = None
+
+        self._has_failed_to_save = False
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(self.folder.checkpoint(step)))
 
-    def _drop_unfinished(self) -> None:
-        """Give back the room of a checkpoint that could not be written."""
-        if self.args.should_save:
-            shutil.rmtree(self.folder.unfinished, ignore_errors=True)
+    def _finish(self, step: int) -> None:
+        """Add the manifest, rename the checkpoint, and delete what is too much."""
+        written = self.folder.unfinished / f"checkpoint-{step}"
+        self._note_best(written)
+        facts = {**self._facts, "step": step, "resumable": not self.args.save_only_model}
+        finish_checkpoint(written, facts)
+        move_into_place(written, self.folder.checkpoint(step))
+        best = self.state.best_model_checkpoint
+        self.folder.keep_newest(self.args.save_total_limit, best=best)
 
     def _note_best(self, written: Path) -> None:
         """Name the best checkpoint in the state by the place where it will be."""
@@ -400,7 +412,7 @@ def random_state() -> State:
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
         "torch": torch.random.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -409,5 +421,5 @@ def restore_random_state(state: State) -> None:
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

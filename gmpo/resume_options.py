@@ -130,7 +130,7 @@ def fingerprint(dataset: Any) -> str:
         return "stream"
     size = len(dataset)
     places = sorted({round(i * (size - 1) / 63) for i in range(64)}) if size else []
-    prompts = [dataset[place].get(PROMPT_COLUMNS[0]) for place in places]
+    prompts = [dict(dataset[place]).get(PROMPT_COLUMNS[0]) for place in places]
     return digest_of([size, prompts])
 
 

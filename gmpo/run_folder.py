@@ -92,7 +92,7 @@ class RunFolder:
 
     def begin(self) -> str:
         """Make room for a new run and return its id; the files of an earlier one move aside."""
-        self._recover()
+        self.recover()
         belongs_to_a_run = (self.path / RUN).exists()
         traces = [self.checkpoint(step) for step in self.steps()]
         if belongs_to_a_run or traces or self._has_logged_steps():
@@ -126,7 +126,7 @@ class RunFolder:
         Raises:
             ValueError: If there is none.
         """
-        self._recover()
+        self.recover()
         run, passed_over = self.run, []
         for step in reversed(self.steps()):
             folder = self.checkpoint(step)
@@ -244,8 +244,8 @@ class RunFolder:
         logger.warning(f"Moved {what} to {folder}.")
         return folder
 
-    def _recover(self) -> None:
-        """Bring a checkpoint that a crash left finished under its other name into its place."""
+    def recover(self) -> None:
+        """Delete what a crash left unfinished; a checkpoint that lacks only its name gets it."""
         for folder in self.unfinished.glob("checkpoint-*"):
             with contextlib.suppress(DamagedCheckpoint, OSError):
                 check_whole(folder)

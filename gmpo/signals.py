@@ -1,6 +1,7 @@
 """Signals that ask a training to stop, noted when they come and acted upon between steps."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -27,11 +28,13 @@ class SignalWatch:
         self.leaving = False
         self._since = 0.0
         self._may_raise = False
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Take the signals of the process within the block, which only its main thread can do."""
         self.noted, self.leaving, self._may_raise = None, False, False
+        self._process = os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -57,16 +60,24 @@ class SignalWatch:
             self._may_raise = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child, which others may want to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         name = signal.Signals(number).name
         if self.noted is None:
             self.noted, self._since = number, time.monotonic()
             when = "now" if self._may_raise else "after this step"
             say(f"{name}: a checkpoint is saved {when}. A second signal leaves at once.")
             if self._may_raise:
-                raise stopped_by(number)
+                raise StopRequest
         elif time.monotonic() - self._since > ECHO_SECONDS:
             self.leaving = True
             raise stopped_by(number)
+
+
+class StopRequest(BaseException):
+    """Ends work that is in no checkpoint yet; neither a reward nor an engine answers to it."""
 
 
 class Interrupted(SystemExit, KeyboardInterrupt):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from gmpo.checkpoint import check_whole
+from gmpo.signals import SignalWatch
 from tests.trainer.conftest import PROMPTS, share_of_a
 from tests.trainer.runs import KillAt, Killed, differences, outcome, same
 
@@ -48,15 +49,21 @@ def steps_logged(trainer):
 # -- what an error leaves ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [KeyError("judge"), SystemExit("no key"), KeyboardInterrupt()])
-def test_what_ends_a_collection_leaves_the_last_step(make_trainer, capfd, error):
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (KeyError("judge"), KeyError),
+        (SystemExit("no key"), RuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_what_ends_a_collection_leaves_the_last_step(make_trainer, error, kind):
     whole = make_trainer(max_steps=6)
     whole.train()
     run = make_trainer(max_steps=6, reward_funcs=fails_at_call(3, error))
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(kind) as caught:
         run.train()
-    told = [*getattr(caught.value, "__notes__", []), capfd.readouterr().err]
-    assert f"What was learned in 4 steps is in {folder_of(run, 4)}" in " ".join(told)
+    assert f"What was learned in 4 steps is in {folder_of(run, 4)}" in caught.value.__notes__[-1]
     again = make_trainer(max_steps=6)
     again.train(resume_from_checkpoint=True)
     assert same(outcome(again)["weights"], outcome(whole)["weights"])
@@ -371,6 +378,28 @@ def test_a_signal_interrupts_a_collection_at_once(make_trainer):
         run.train()
     assert calls == [1, 1]
     check_whole(folder_of(run, 2))
+
+
+def test_a_forked_child_ends_as_if_nobody_watched():
+    watch = SignalWatch()
+    with watch.watching():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert watch.noted is None
+
+
+def test_a_second_signal_leaves_at_once(make_trainer, monkeypatch):
+    monkeypatch.setattr("gmpo.signals.ECHO_SECONDS", -1.0)
+    sends = [SendAt("on_step_begin", 3, signal.SIGTERM) for _ in range(2)]
+    run = make_trainer(max_steps=6, callbacks=sends)
+    with pytest.raises(SystemExit) as caught:
+        run.train()
+    assert caught.value.code == 143
+    assert not folder_of(run, 3).exists() and not folder_of(run, 4).exists()
 
 
 PROGRAM = """
