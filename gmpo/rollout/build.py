@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -119,11 +120,12 @@ generate_by_length = partial(generate, by_length=True)
 
 
 def continuous(parts: Parts) -> ContinuousEngine:
+    options: Any = parts.settings.transformers_continuous_batching_config  # JSON has been read
     return ContinuousEngine(
         parts.policy,
         eos=parts.encoder.eos,
         pad=parts.encoder.pad,
-        options=parts.settings.transformers_continuous_batching_config,  # pyright: ignore[reportArgumentType] (JSON strings have been read)
+        options=options,
         autocast=parts.autocast,
         gather=parts.settings.ds3_gather_for_generation,
     )

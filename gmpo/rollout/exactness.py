@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.distributed import raise_on_all_ranks
-from gmpo.rollout.engine import Completion, Engine, Request, Sampling
+from gmpo.rollout.engine import Completion, Engine, Request, Sampling, ServingEngine, Work
 from gmpo.rollout.generation_mode import Autocast, generating
 from gmpo.rollout.vllm.errors import VllmError
 from gmpo.types import Prompt
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 Policy = Callable[[], PreTrainedModel]
 Score = Callable[[list[int]], list[float]]
 
-# Largest mean distance, in nats, between an engine's log-probs of some tokens and the trainer's.  In
-# 16 bits two implementations of one forward pass differ by 0.04 to 0.06 on a model of 135M, and so
-# does one of them from itself in float32; a layer that was left out makes nats.
+# Largest mean distance, in nats, between an engine's log-probs of some tokens and the trainer's.
+# In 16 bits two implementations of one forward pass differ by 0.04 to 0.06 on a model of 135M, and
+# so does one of them from itself in float32; a layer that was left out makes nats.
 TOLERANCES = {
     torch.float64: 1e-3,
     torch.float32: 1e-3,
@@ -51,9 +51,12 @@ def tolerance(*dtypes: torch.dtype) -> float:
 
 
 def plain_logps(model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
-    """Return the log-probs of `ids` behind `prompt` by one pass without a cache, [len(ids)] float32.
+    """Return the log-probs of `ids` behind `prompt`, by one pass without a cache.
 
     An adapter may put virtual tokens in front, so that places are counted from the end.
+
+    Returns:
+        [len(ids)] float32, on the CPU.
     """
     tokens = torch.tensor([[*prompt, *ids]], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
@@ -73,7 +76,7 @@ def computing_dtype(policy: PreTrainedModel, autocast: Autocast | None) -> torch
 # -- engines of this process ---------------------------------------------------------------------
 
 
-class LocalEngine(Engine, Protocol):
+class LocalEngine(ServingEngine, Protocol):
     """An engine around the trainer's own module."""
 
     name: str  # for messages
@@ -98,6 +101,8 @@ class CheckedEngine:
         remedy: What to do if no engine will do.  Without one the last engine that runs at all is
             taken, with a warning.
     """
+
+    overlaps = False  # it is the trainer's own module that writes
 
     def __init__(
         self,
@@ -131,6 +136,12 @@ class CheckedEngine:
         if self.chosen is None:
             self.chosen = self._choose(requests, sampling)
         return self.chosen.generate(requests, sampling)
+
+    def serve(self, work: Work, sampling: Sampling) -> None:
+        """Serve until there is no more work."""
+        if self.chosen is None:
+            self.chosen = self._choose((), sampling)
+        self.chosen.serve(work, sampling)
 
     def _choose(self, requests: Sequence[Request], sampling: Sampling) -> LocalEngine:
         prompt = requests[0].prompt.ids if requests else list(self.eos)

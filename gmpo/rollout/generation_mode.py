@@ -16,22 +16,22 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 def generating(
     model: Any, *, autocast: Autocast | None = None, gather: bool = True
 ) -> Iterator[None]:
-    """Within the block the module generates: no gradient, dropout or checkpointing; plain defaults.
+    """Let the module generate in the block: no gradient, dropout or checkpointing; plain defaults.
 
     Args:
         model: With PEFT's shell, if there is one: it may be what FSDP2 calls the whole.
         autocast: Makes the context of mixed precision, if the trainer computes in it.
-        gather: Make sharded parameters whole, so that no forward pass meets another rank; every rank must enter.
+        gather: Make sharded parameters whole, so that no forward pass meets another rank; every
+            rank must enter.
     """
     training = [module for module in model.modules() if module.training]
-    owners = {
-        id(m): m
-        for m in (model, model.get_base_model() if hasattr(model, "get_base_model") else model)
-    }.values()
-    defaults = [owner.generation_config for owner in owners]  # PEFT keeps a second one
+    owners = [model]
+    if hasattr(model, "get_base_model"):  # PEFT keeps a second generation config
+        owners.append(model.get_base_model())
+    defaults = [owner.generation_config for owner in owners]
     with torch.no_grad(), full_model(model, inner=gather), (autocast or nullcontext)():
         try:
-            model.eval()  # also switches gradient checkpointing off, which transformers does in training mode only
+            model.eval()  # gradient checkpointing, too, acts in training mode only
             for owner in owners:
                 owner.generation_config = GenerationConfig()
             yield

@@ -1,7 +1,7 @@
 """Engines around the trainer's own module.
 
 shared_prefix.py       each prompt is read once for its group
-decoder.py             the decoding loop: rows enter and leave
+decoder.py             the decoding loop: requests come, rows enter and leave
 cache.py               keys and values of prompts and rows, and attention over them
 memory.py              how much memory keys and values take, and how much there is
 sequence.py            a completion while it is being written

@@ -124,7 +124,7 @@ def floor(probabilities: Tensor, cuts: Cuts) -> Tensor:
 
 
 def in_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Return [R, K] bool, true where the more probable tokens of a row have less than top_p together.
+    """Return [R, K] bool, true where more probable tokens of a row have less than top_p together.
 
     Args:
         probabilities: [R, K]; 0 on what is no candidate.

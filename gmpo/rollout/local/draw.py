@@ -17,7 +17,7 @@ def invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
         numbers: [R] float64 in [0, 1), on the CPU.
 
     Example:
-        probabilities [0.25, 0, 0.5, 0.25]: numbers below 0.25 -> 0, from 0.25 on -> 2, from 0.75 on -> 3
+        probabilities [0.25, 0, 0.5, 0.25]: numbers below 0.25 -> 0, below 0.75 -> 2, others -> 3
     """
     rows, size = probabilities.shape
     width = next((w for w in BLOCK_WIDTHS if size % w == 0), 0)

@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.rollout.engine import Completion, Request, Sampling, Work, serve_in_rounds
 from gmpo.rollout.generation_mode import Autocast, generating
 from gmpo.rollout.local.generation_options import ending_tokens
 from gmpo.rollout.local.memory import bytes_per_token, cache_bytes
 from gmpo.sharding import sharded
 from gmpo.unwrap import uses_prompt_learning, without_adapter
 
+ROUND = 256  # requests that are written together, at most, where they come as they are ready
 CPU_BATCH_TOKENS = 1024  # of one step, where the options don't say
 
 
@@ -36,6 +37,7 @@ class ContinuousEngine:
     """
 
     name = "transformers' continuous batching"
+    overlaps = False  # it is the trainer's own module that writes
 
     def __init__(
         self,
@@ -74,10 +76,21 @@ class ContinuousEngine:
 
         Every rank must call where the policy is sharded, even with nothing to do.
         """
+        if any(request.stop for request in requests):
+            raise ValueError(
+                "use_transformers_continuous_batching can't end completions at a text, as tools "
+                "need it. Turn continuous batching off."
+            )
         policy = self.policy()
         config = generation_config(sampling, self.eos, self.pad)
-        prompts = [request.prompt.ids for request in requests for _ in range(request.count)]
-        seed = hash(tuple((request.seed, request.first) for request in requests)) % 2**31
+        prompts = [request.context for request in requests for _ in range(request.count)]
+        budgets = [
+            request.max_new_tokens or config.max_new_tokens or 1
+            for request in requests
+            for _ in range(request.count)
+        ]
+        starts = [each.first + len(each.so_far) for each in requests]
+        seed = hash(tuple(zip((each.seed for each in requests), starts, strict=True))) % 2**31
         model = without_adapter(policy)
 
         with (
@@ -88,14 +101,18 @@ class ContinuousEngine:
             if not requests:
                 return []
             torch.manual_seed(seed)
-            options = self._sized(model, prompts, config.max_new_tokens or 1)
+            options = self._sized(model, prompts, max(budgets))
             batching = ContinuousBatchingConfig(**options, return_logprobs=True, seed=seed)
-            outputs = iter(run_to_end(model, prompts, config, batching))
+            outputs = iter(run_to_end(model, prompts, budgets, config, batching))
 
         return [
             [self._completion(next(outputs), config) for _ in range(request.count)]
             for request in requests
         ]
+
+    def serve(self, work: Work, sampling: Sampling) -> None:
+        """Serve until there is no more work, in rounds: what is ready is written together."""
+        serve_in_rounds(self, work, sampling, room=ROUND)
 
     def _sized(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
@@ -147,14 +164,15 @@ def autocast_inside(model: PreTrainedModel, autocast: Autocast | None) -> Iterat
         model.register_forward_pre_hook(enter),
         model.register_forward_hook(leave, always_call=True),
     ]
-    # A patched method: the cache has the weights' precision and takes no other, while autocast makes
-    # keys of one and values of the other.
-    update = PagedAttentionCache.update
-    PagedAttentionCache.update = cast_update(update)  # pyright: ignore[reportAttributeAccessIssue] (see above)
+    # A patched method: the cache has the weights' precision and takes no other, while autocast
+    # makes keys of one and values of the other.
+    paged: Any = PagedAttentionCache
+    update = paged.update
+    paged.update = cast_update(update)
     try:
         yield
     finally:
-        PagedAttentionCache.update = update
+        paged.update = update
         for hook in hooks:
             hook.remove()
 
@@ -173,7 +191,8 @@ def cast_update(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., A
 
 def run_to_end(
     model: Any,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
+    budgets: Sequence[int],
     config: GenerationConfig,
     batching: ContinuousBatchingConfig,
 ) -> list[Any]:
@@ -187,7 +206,7 @@ def run_to_end(
     manager = model.init_continuous_batching(
         generation_config=config, continuous_batching_config=batching
     )
-    names = manager.add_requests(prompts, max_new_tokens=config.max_new_tokens)
+    names = added_requests(manager, prompts, budgets, config)
     manager.start()
 
     results: dict[str, Any] = {}
@@ -207,6 +226,18 @@ def run_to_end(
         manager.stop(block=True, timeout=5)
         manager.destroy()
     return [results[name] for name in names]
+
+
+def added_requests(
+    manager: Any, prompts: Sequence[list[int]], budgets: Sequence[int], config: GenerationConfig
+) -> list[str]:
+    """Add the requests, and return their names in order."""
+    if len(set(budgets)) == 1:  # in the order in which prompts share their beginnings
+        return manager.add_requests(list(prompts), max_new_tokens=budgets[0])
+    return [
+        manager.add_request(ids, max_new_tokens=budget, eos_token_id=config.eos_token_id)
+        for ids, budget in zip(prompts, budgets, strict=True)
+    ]
 
 
 def num_blocks(lengths: Sequence[int], *, page_size: int, room: int) -> int:

@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.rollout.engine import Completion, Request, Sampling, Work, serve_in_rounds
 from gmpo.rollout.generation_mode import Autocast, generating
 from gmpo.rollout.local.generation_options import sampling_config, stop_criteria
 from gmpo.rollout.local.sampler import Sampler
@@ -26,13 +26,15 @@ from gmpo.sharding import sharded
 from gmpo.types import Prompt
 from gmpo.unwrap import without_adapter
 
+ROUND = 256  # requests that are written together, at most, where they come as they are ready
+
 
 class GenerateEngine:
     """Makes completions with `model.generate`.
 
-    `generate` runs the model and its cache, and nothing else: our sampler sees the untouched logits,
-    chooses every token, and tells `generate` to take it.  So both engines sample alike and report
-    the same log-probs, and never more than one step's logits are held.
+    `generate` runs the model and its cache, and nothing else: our sampler sees the untouched
+    logits, chooses every token, and tells `generate` to take it.  So both engines sample alike and
+    report the same log-probs, and never more than one step's logits are held.
 
     Args:
         policy: Gives the trainer's model as it is now, without wrappers but PEFT's.
@@ -42,9 +44,11 @@ class GenerateEngine:
         autocast: Makes the context of mixed precision.
         cache_implementation: As transformers names it.
         gather: Make sharded parameters whole while generating.
-        by_length: Call `generate` for the prompts of each length apart, so that none is padded: some
-            models can't leave padding out.
+        by_length: Call `generate` for the prompts of each length apart, so that nothing is padded:
+            some models can't leave padding out.
     """
+
+    overlaps = False  # it is the trainer's own module that writes
 
     def __init__(
         self,
@@ -99,6 +103,19 @@ class GenerateEngine:
                 self._write(batch, sampling, config, meeting=meeting)
         return [[sequence.completion() for sequence in group] for group in samples]
 
+    def serve(self, work: Work, sampling: Sampling) -> None:
+        """Serve until there is no more work, in rounds: what is ready is written together.
+
+        Raises:
+            ValueError: If ranks share the parameters, and would have to agree on the rounds.
+        """
+        if self._ranks_keep_step():
+            raise ValueError(
+                "Ranks that share the parameters while generating (ds3_gather_for_generation=False) "
+                "can't serve requests as they come. Leave ds3_gather_for_generation at True."
+            )
+        serve_in_rounds(self, work, sampling, room=ROUND)
+
     def _ranks_keep_step(self) -> bool:
         """Return whether every forward pass meets those of other ranks."""
         return not self.gather and sharded(self.policy())
@@ -123,29 +140,31 @@ class GenerateEngine:
     ) -> None:
         model = without_adapter(self.policy())
         sampler = Sampler(model, config, device=model.device, logps_support=sampling.logps_support)
-        call = GenerateCall(rows, sampler, stop_criteria(config, self.tokenizer))
-        ids, mask = left_padded([row.request.prompt.ids for row in rows], self.pad, model.device)
-        model.generate(
+        ends = stop_criteria(config, self.tokenizer)
+        call = GenerateCall(rows, sampler, ends)
+        longest = max(ends.budget(row.request) for row in rows)
+        ids, mask = left_padded([row.request.context for row in rows], self.pad, model.device)
+        model.generate(  # pyright: ignore[reportCallIssue] (a mixin that nn.Module hides)
             input_ids=ids,
             attention_mask=mask,
-            generation_config=self._loop_config(config),
+            generation_config=self._loop_config(config, longest),
             logits_processor=LogitsProcessorList([Take(call)]),
             stopping_criteria=StoppingCriteriaList([AllFinished(call)]),
             synced_gpus=meeting,
         )
 
-    def _loop_config(self, config: GenerationConfig) -> GenerationConfig:
+    def _loop_config(self, config: GenerationConfig, longest: int) -> GenerationConfig:
         given = {name: getattr(config, name, None) for name in LOOP_OPTIONS}
         options = {name: value for name, value in given.items() if value is not None}
         if self.cache_implementation is not None:
             options.setdefault("cache_implementation", self.cache_implementation)
         return GenerationConfig(
-            do_sample=False, max_new_tokens=config.max_new_tokens, pad_token_id=self.pad, **options
+            do_sample=False, max_new_tokens=longest, pad_token_id=self.pad, **options
         )
 
 
 class GenerateCall:
-    """The rows of one `generate` call, between the processor that chooses and the criterion that ends."""
+    """The rows of one `generate` call, between its processor and its stopping criterion."""
 
     def __init__(
         self, rows: list[GrowingSequence], sampler: Sampler, stop_criteria: StopCriteria

@@ -44,7 +44,7 @@ class SeenTokens:
         return seen
 
     def _carried(self, places: Sequence[int | None], like: Tensor) -> Tensor:
-        """Return what the rows held in the step before, by their places there; None for new rows."""
+        """Return what rows held in the step before, by their places there; None for new rows."""
         if self.seen is not None and list(places) == list(range(len(self.rows))):
             return self.seen
 
@@ -57,7 +57,7 @@ class SeenTokens:
 
 
 def penalised(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return scores where those of seen tokens are divided by the penalty, or multiplied if negative.
+    """Return scores where those of seen tokens are divided by the penalty, or multiplied below 0.
 
     Source: arXiv:1909.05858, section 4.1, as transformers and vLLM read it.
 

@@ -176,7 +176,7 @@ class Sampler:
 
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
-            alike[len(row.request.prompt.ids), len(row.ids)].append(number)
+            alike[len(row.request.context), len(row.ids)].append(number)
 
         result = torch.empty_like(scores)
         for (prompt_length, _), numbers in alike.items():
@@ -196,7 +196,7 @@ class Sampler:
         if prompt_length not in self._processors:
             self.config.max_length = prompt_length + (self.config.max_new_tokens or 0)
             self._processors[prompt_length] = list(
-                self.model._get_logits_processor(
+                self.model._get_logits_processor(  # pyright: ignore[reportCallIssue] (a mixin that nn.Module hides)
                     self.config, input_ids_seq_length=prompt_length, device=str(self.device)
                 )
             )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ class GrowingSequence:
 
     request: Request
     uniforms: Iterator[float]  # one in [0, 1) per token
+    number: int = 0  # of the sample, among those of its request
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     # What each token was drawn from; None is all tokens.
@@ -28,7 +30,7 @@ class GrowingSequence:
     @property
     def length(self) -> int:
         """Return the number of tokens of prompt and completion."""
-        return len(self.request.prompt.ids) + len(self.ids)
+        return len(self.request.context) + len(self.ids)
 
     def tokens_from(self, start: int) -> list[int]:
         """Return the tokens of prompt and completion from number `start` on.
@@ -36,7 +38,7 @@ class GrowingSequence:
         Example:
             Of prompt [5, 6] and completion [7, 8], from 1: [6, 7, 8]; from 3: [8].
         """
-        prompt = self.request.prompt.ids
+        prompt = self.request.context
         if start >= len(prompt):
             return self.ids[start - len(prompt) :]
         return prompt[start:] + self.ids
@@ -52,9 +54,17 @@ class GrowingSequence:
 
 
 def new_sequences(request: Request) -> list[GrowingSequence]:
-    """Return the `count` empty samples of a request, each with its own random numbers."""
-    numbers = range(request.first, request.first + request.count)
-    return [GrowingSequence(request, uniforms(request.seed, number)) for number in numbers]
+    """Return the `count` empty samples of a request, each with its own random numbers.
+
+    A sample that goes on has the numbers behind those of the tokens before: it is written as if it
+    had never stopped.
+    """
+    samples = []
+    for number in range(request.count):
+        numbers = uniforms(request.seed, request.first + number)
+        rest = islice(numbers, len(request.so_far), None)
+        samples.append(GrowingSequence(request, rest, number))
+    return samples
 
 
 def uniforms(seed: int, number: int) -> Iterator[float]:
@@ -74,9 +84,10 @@ class StopCriteria:
 
     Args:
         eos: Tokens that end a completion; they stay in it.
-        max_new_tokens: Longest completion.
-        stop_strings: Texts that end a completion as soon as its text contains one; they stay in it too.
-        decode: Tokens to text; needed for stop_strings.
+        max_new_tokens: Longest completion, where its request does not say.
+        stop_strings: Texts that end a completion as soon as its text contains one, besides those of
+            its request; they stay in it, too.
+        decode: Tokens to text; needed for texts that stop.
     """
 
     def __init__(
@@ -91,8 +102,10 @@ class StopCriteria:
         self.max_new_tokens = max_new_tokens
         self.stop_strings = tuple(stop_strings)
         self.decode = decode
-        # Every token of text adds at least one byte; the margin covers special tokens, which may decode to nothing.
-        self.tail = max((len(text.encode()) for text in self.stop_strings), default=0) + 8
+
+    def budget(self, request: Request) -> int:
+        """Return the most tokens that a completion of the request may have."""
+        return self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
     def add(
         self, sequence: GrowingSequence, token: int, logp: float, support: TokenList | None = None
@@ -101,11 +114,20 @@ class StopCriteria:
         sequence.ids.append(token)
         sequence.logps.append(logp)
         sequence.supports.append(support)
-        if token in self.eos or (self.stop_strings and self._stopped(sequence)):
+        if token in self.eos or self._stopped(sequence):
             sequence.finish_reason = "stop"
-        elif len(sequence.ids) >= self.max_new_tokens:
+        elif len(sequence.ids) >= self.budget(sequence.request):
             sequence.finish_reason = "length"
 
     def _stopped(self, sequence: GrowingSequence) -> bool:
-        text = self.decode(sequence.ids[-self.tail :])  # type: ignore[misc]
-        return any(stop in text for stop in self.stop_strings)
+        """Return whether the text of the sequence holds one that stops it."""
+        stops = (*self.stop_strings, *sequence.request.stop)
+        if not stops:
+            return False
+
+        # Every token of text adds at least one byte; the margin covers special tokens, which may
+        # decode to nothing.
+        tail = max(len(text.encode()) for text in stops) + 8
+        assert self.decode is not None
+        text = self.decode(sequence.ids[-tail:])
+        return any(stop in text for stop in stops)

@@ -1,10 +1,11 @@
 """The fast engine of this process: every prompt is read once for its group."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmpo.rollout.engine import Completion, Request, Sampling
+from gmpo.rollout.engine import Completion, FixedWork, Request, Sampling, Work
 from gmpo.rollout.generation_mode import Autocast, generating
 from gmpo.rollout.local.cache import SharedPrefixCache, attention_over
 from gmpo.rollout.local.decoder import Decoder, Limits, packed_logits
@@ -34,6 +35,7 @@ class SharedPrefixEngine:
     """
 
     name = "the shared-prefix engine"
+    overlaps = False  # it is the trainer's own module that writes
 
     def __init__(
         self,
@@ -72,20 +74,26 @@ class SharedPrefixEngine:
 
         Every rank must call where the policy is sharded, even with nothing to do.
         """
+        work = FixedWork(sorted(requests, key=lambda request: -len(request.context)))
+        self.serve(work, sampling)
+        return [work.completions(request) for request in requests]
+
+    def serve(self, work: Work, sampling: Sampling) -> None:
+        """Serve until there is no more work: rows join as they come, and leave as they finish.
+
+        Every rank must call where the policy is sharded, even with nothing to do.
+        """
         policy = self.policy()
         model = without_adapter(policy)
         config = sampling_config(sampling, self.eos)
 
         with generating(policy, autocast=self.autocast, gather=self.gather):
-            if not requests:
-                return []
             limits = Limits(self.rows, self._cache_tokens(model), self.prefill_tokens)
             sampler = Sampler(
                 model, config, device=model.device, logps_support=sampling.logps_support
             )
-            decoder = Decoder(model, sampler, stop_criteria(config, self.tokenizer), limits)
-            groups = decoder.write(requests)
-        return [[sequence.completion() for sequence in group] for group in groups]
+            ends = stop_criteria(config, self.tokenizer)
+            Decoder(model, sampler, ends, limits).serve(work)
 
     def _cache_tokens(self, model: PreTrainedModel) -> int:
         """Return how many tokens' keys and values there is room for."""
@@ -109,6 +117,11 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     return sum(store.keys[:1, :, :1].nbytes + store.values[:1, :, :1].nbytes for store in stores)
 
 
+def supports_logits_to_keep(model: Any) -> bool:
+    """Return whether a model can compute the logits of some tokens only."""
+    return model._supports_logits_to_keep()
+
+
 def unsupported_reason(
     model: PreTrainedModel, sampling: Sampling, *, gather: bool = True
 ) -> str | None:
@@ -130,7 +143,7 @@ def unsupported_reason(
         f"it has layers of {', '.join(sorted(kinds))}": kinds,
         "it keeps a state besides keys and values": getattr(model, "_is_stateful", False),
         "its layers share keys and values": getattr(config, "num_kv_shared_layers", 0),
-        "it computes logits of all tokens only": not model._supports_logits_to_keep(),
+        "it computes logits of all tokens only": not supports_logits_to_keep(model),
         "it lies on several devices": len(devices) > 1,
         "its parameters stay sharded": not gather and sharded(model),
         f"generation_kwargs asks for {', '.join(loop_options)}": loop_options,

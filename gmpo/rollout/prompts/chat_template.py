@@ -1,4 +1,4 @@
-"""Messages to token ids by the tokenizer's chat template, and the text that a prompt leaves open."""
+"""Messages to token ids by the chat template, and the text that a prompt leaves open."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ class ChatTemplate:
     def _blocks_are_read(self) -> bool:
         """Return whether the template reads contents that are lists of blocks, and not only text.
 
-        Most templates print the Python list then, or fail.  Some, made for images, read nothing else.
+        Most templates print the Python list then, or fail.  Some, made for images, read only it.
         """
         if self._reads_blocks is None:
             probe = [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]

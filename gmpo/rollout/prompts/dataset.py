@@ -68,9 +68,10 @@ class PromptForm:
                 f"{shown(prompt)}. Use one form in the whole dataset."
             )
 
-        reason = unsupported_reason(without_nulls(prompt)) if messages else None
-        if reason is not None:
-            raise ValueError(f"The prompt of row {number} {reason}.")
+        if not isinstance(prompt, str):
+            reason = unsupported_reason(without_nulls(prompt))
+            if reason is not None:
+                raise ValueError(f"The prompt of row {number} {reason}.")
 
     def _decide(self, messages: bool) -> None:
         if messages and not getattr(self.tokenizer, "chat_template", None):

@@ -18,9 +18,9 @@ SPECIAL_TOKENS = 16  # that a tokenizer adds to a text, at most
 
 
 class PromptEncoder:
-    """Turns the `prompt` of dataset rows into tokens, and completions into the form of their prompt.
+    """Turns the `prompt` of dataset rows into tokens, and completion tokens into what it holds.
 
-    A dataset holds texts or lists of messages, not both: the first row that the encoder sees decides.
+    A dataset holds texts or lists of messages, not both: the first row that is seen decides.
 
     Args:
         tokenizer: With a chat template, if there are messages.
@@ -213,15 +213,16 @@ class PromptEncoder:
             ) from error
 
     def _text_ids(self, text: str) -> list[int]:
-        """Return tokens with the tokenizer's special tokens, but no second bos and no closing eos."""
+        """Return tokens with the tokenizer's own, but no second bos and no closing eos."""
         tokenizer = self.tokenizer
         ids = list(tokenizer(text)["input_ids"])
 
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token):
+        doubled = bos is not None and ids[:2] == [bos, bos]
+        if doubled and text.startswith(str(tokenizer.bos_token)):
             ids = ids[1:]
 
         closed = eos is not None and len(ids) > 1 and ids[-1] == eos
-        if closed and not text.endswith(tokenizer.eos_token):
+        if closed and not text.endswith(str(tokenizer.eos_token)):
             ids = ids[:-1]
         return ids

@@ -25,7 +25,8 @@ def without_nulls(value: Value) -> Value:
         kept = {key: without_nulls(item) for key, item in value.items() if item is not None}
         return kept  # pyright: ignore[reportReturnType] (a dict for a dict)
     if isinstance(value, list | tuple):
-        return [without_nulls(item) for item in value]  # pyright: ignore[reportReturnType] (as above)
+        items = [without_nulls(item) for item in value]
+        return items  # pyright: ignore[reportReturnType] (a list for a list)
     return value
 
 
@@ -41,8 +42,8 @@ def contents_joined(messages: Messages) -> Messages:
     """Return messages whose contents are text, for templates that read nothing else.
 
     Example:
-        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-        -> [{"role": "user", "content": "ab"}]
+        A message whose content is [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        -> the message with content "ab"
     """
     joined = []
     for message in messages:

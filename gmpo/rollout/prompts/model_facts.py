@@ -77,7 +77,8 @@ def ending_tokens(
     """
     of_model: Any = getattr(generation_config, "eos_token_id", None)
     of_model = of_model if isinstance(of_model, list | tuple) else [of_model]
-    tokens = [token for token in (tokenizer.eos_token_id, *of_model) if token is not None]
+    own: Any = tokenizer.eos_token_id
+    tokens = [token for token in (own, *of_model) if token is not None]
     if not tokens:
         raise ValueError(
             "Neither the tokenizer nor the model's generation config has an end-of-sequence token, "
@@ -92,7 +93,8 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         ValueError: If the tokenizer has neither.
     """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    tokens: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    for token in tokens:
         if token is not None:
             return int(token)
     raise ValueError(
