@@ -72,6 +72,28 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+@contextmanager
+def differently_rounded_attention(model: nn.Module) -> Iterator[None]:
+    """Let the outputs of attention layers differ by a rounding, as another kernel's would."""
+    handles = [layer.register_forward_hook(_round) for layer in attention_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _round(
+    layer: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]
+) -> Tensor | tuple[Any, ...]:
+    """Return a layer's output with an error of less than the precision of its dtype."""
+    values = output[0] if isinstance(output, tuple) else output
+    generator = torch.Generator(values.device).manual_seed(0)
+    shift = torch.rand(values.shape, generator=generator, device=values.device) * 2 - 1
+    moved = values * (1 + shift.to(values.dtype) * torch.finfo(values.dtype).eps)
+    return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+
 @torch.compiler.disable  # a compiled model goes on after it; it would be compiled for each row
 def segment_attention(
     module: nn.Module,

@@ -170,10 +170,10 @@ def test_each_kind_of_model_is_checked_once():
     logprobs, batch = Spying(PolicySettings()), make_batch()
     model = logprobs.counting(make_model("llama"))
     logprobs.compute(model, batch)
-    # what follows the head; the rectangle, its four rows singly, the shared prefix; the batch
-    assert logprobs.forwards == 1 + 1 + 4 + 1 + 1
+    # what follows the head; the rectangle twice, the shared prefix; the batch
+    assert logprobs.forwards == 1 + 2 + 1 + 1
     logprobs.compute(model, batch)
-    assert logprobs.forwards == 9
+    assert logprobs.forwards == 6
 
 
 def test_a_resumed_run_believes_what_the_first_one_found():
@@ -204,6 +204,29 @@ def test_a_resumed_run_checks_what_the_first_one_did_not():
     assert second.kinds == ["padded"] and third.kinds == ["shared_prefix"]
 
 
+def deep():
+    """A model in bfloat16 whose log-probs move by 0.08 when its attention rounds otherwise."""
+    model = make_model("llama", torch.bfloat16, num_hidden_layers=12)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 3
+    model.lm_head.weight.data *= 12
+    return model
+
+
+def test_a_model_that_rounds_much_keeps_its_layout(recwarn):
+    logprobs = Spying(PolicySettings())
+    logprobs.compute(deep(), make_batch())
+    assert logprobs.kinds == ["shared_prefix"]
+    assert not [warning for warning in recwarn if "leaves out" in str(warning.message)]
+
+
+def test_a_model_that_rounds_much_and_sees_too_much_falls_back():
+    logprobs = Spying(PolicySettings())
+    with pytest.warns(UserWarning, match="differ by"):
+        logprobs.compute(lose_segments(deep()), make_batch())
+    assert logprobs.kinds == ["padded"]
+
+
 def test_the_rows_of_the_check_hold_a_group_whatever_the_batch_holds():
     whole = make_batch()
     for batch in (
@@ -223,7 +246,7 @@ def test_tolerances_grow_with_the_rounding_of_the_dtype():
     assert [tolerance(dtype, 0.0) for dtype in dtypes] == sorted(TOLERANCE.values())
 
 
-def test_tolerances_grow_with_the_noise_of_the_rectangle():
+def test_tolerances_grow_with_the_noise_of_rounding():
     assert tolerance(torch.float32, 1e-5) == TOLERANCE[torch.float32]
-    assert tolerance(torch.bfloat16, 0.025) == pytest.approx(0.075)
+    assert tolerance(torch.bfloat16, 0.04) == pytest.approx(0.08)
     assert tolerance(torch.bfloat16, 0.3) == 0.2
