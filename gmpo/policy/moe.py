@@ -18,7 +18,7 @@ def is_mixture(model: nn.Module) -> bool:
 
 @contextmanager
 def recorded_routers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Give a list that `model` fills with the router logits [tokens, experts] of each layer it runs.
+    """Give a list that `model` fills with the router logits [tokens, experts] of its layers.
 
     They are not asked for with `output_router_logits`: the model would make its own loss of them,
     with a mask that holds rows and columns only.
@@ -76,13 +76,16 @@ def load_balancing_loss(logits: list[Tensor], weight: Tensor, chosen: int) -> Te
     Source: arXiv:2101.03961, equations 4 to 6.
     """
     experts = logits[0].shape[-1]
+    picked = weight.new_zeros(experts, dtype=torch.float32)
+    wanted = weight.new_zeros(experts, dtype=torch.float32)
+
+    # One layer at a time: [layers, tokens, experts] of a large model would be gigabytes.
+    for layer in logits:
+        probabilities = layer.view(-1, experts).float().softmax(-1)  # [tokens, experts]
+        best = probabilities.topk(chosen, dim=-1).indices  # [tokens, chosen]
+        counts = weight.float()[:, None].expand_as(best)
+        picked = picked.scatter_add(0, best.flatten(), counts.flatten())
+        wanted = wanted + weight.to(probabilities.dtype) @ probabilities
+
     count = weight.sum().clamp_min(1) * len(logits)
-
-    stacked = torch.stack([layer.view(-1, experts) for layer in logits])
-    probabilities = stacked.float().softmax(-1)  # [layers, tokens, experts]
-    best = probabilities.topk(chosen, dim=-1).indices
-    picks = torch.zeros_like(probabilities).scatter_(-1, best, 1.0)
-
-    share = (picks * weight[:, None]).sum((0, 1)) / count
-    mean = (probabilities * weight[:, None]).sum((0, 1)) / count
-    return experts * (share * mean).sum()
+    return experts * (picked / count * (wanted / count)).sum()
