@@ -199,7 +199,7 @@ class Learner:
         self.memory.max_tokens = min((size for size in known if size is not None), default=None)
 
     def skips_silent_rows(self, model: nn.Module) -> bool:
-        """Return whether rows with an advantage of 0 move nothing, and may stay out of the passes."""
+        """Return whether rows with an advantage of 0 move nothing, so that passes may skip them."""
         if self.args.zero_signal_groups == "keep" or self.logprobs.is_routed(model):
             return False
         # The controller steers by the entropy of all rows, in steps without a bonus too.
@@ -367,7 +367,7 @@ class Learner:
     def value(
         self, model: nn.Module, inputs: MicroBatch, *, progress: float
     ) -> tuple[Tensor, Statistics]:
-        """Return the loss of `inputs`, a scalar on the CPU, and its figures; no gradient, chunk by chunk."""
+        """Return the loss of `inputs`, a scalar on the CPU, and its figures, without gradients."""
         batch = inputs.batch
         total, statistics = torch.zeros(()), Statistics()
         inputs, select = self.with_selection(model, inputs)
@@ -388,7 +388,7 @@ class Learner:
         return total, statistics
 
     def chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        """Cut `rows` ([b] int64) into forward chunks; as many on every rank where ranks keep step."""
+        """Cut `rows` ([b] int64) into chunks; as many on every rank where ranks keep step."""
         chunks = self.logprobs.chunks_of(batch, rows.cpu())
         return distributed.pad_to_max_count(chunks) if self.in_step else chunks
 
@@ -417,7 +417,10 @@ class Learner:
 
 
 def fill_missing_gradients(model: nn.Module) -> None:
-    """Fill missing gradients with zeros, as zero-advantage rows would, so that momentum still applies."""
+    """Fill missing gradients with zeros, as rows without advantage would.
+
+    Then the optimizer's momentum still applies.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -38,5 +38,5 @@ def base_model_name(name: str, keywords: Mapping[str, Any]) -> str | None:
 
 
 def without_place(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords without those that say where an adapter's files are, for its base model."""
+    """Return the keywords without those that say where an adapter's files are."""
     return {key: value for key, value in keywords.items() if key not in ("revision", "subfolder")}

@@ -38,7 +38,7 @@ class NonFiniteSteps:
         decode: Turns the tokens of a prompt into text, for the error message.
     """
 
-    def __init__(self, *, skip: bool, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, *, skip: bool, decode: Callable[[list[int]], object]) -> None:
         self.skip = skip
         self.decode = decode
         self.num_skipped = 0  # since the run began
@@ -112,7 +112,7 @@ class NonFiniteSteps:
         return error
 
     def _named(self, batch: Batch, row: int) -> str:
-        prompt = self.decode(batch.prompt_ids[row].tolist())
+        prompt = str(self.decode(batch.prompt_ids[row].tolist()))
         prompt = prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
         number = -1 if batch.dataset_rows is None else int(batch.dataset_rows[row])
         where = f"row {number} of the dataset" if number >= 0 else "a row"

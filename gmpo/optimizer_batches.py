@@ -36,7 +36,7 @@ from gmpo.types import Batch
 
 
 class OptimizerBatches:
-    """Cuts collections into the micro-batches of optimizer steps, with all that they are trained on.
+    """Cuts collections into the micro-batches of optimizer steps, ready to be trained on.
 
     Args:
         args: The config.
@@ -180,7 +180,7 @@ class OptimizerBatches:
             batch.ref_logps = self.logprobs.compute_without_grad(frozen, batch).logps
 
     def _add_old(self, model: nn.Module, batch: Batch, indices: list[Tensor]) -> None:
-        """Fill in `old_logps` of the rows of `indices`, which are trained on after the policy has moved."""
+        """Fill in `old_logps` of the rows of `indices`, which are trained on later."""
         if not indices:
             return
 

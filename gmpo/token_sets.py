@@ -14,8 +14,8 @@ Index = int | slice | Tensor | tuple[int | slice | Tensor, ...]
 class TokenSets:
     """Sets of tokens, ragged, in an array of any shape [...].
 
-    A set is given by a list of its members, or of all other tokens, whichever is shorter.  The lists
-    lie in one tensor, which parts of the array share.
+    A set is given by a list of its members, or of all other tokens, whichever is shorter.  The
+    lists lie in one tensor, which parts of the array share.
 
     Example:
         {4, 7}, all tokens, all but 2, in an array of shape [3]

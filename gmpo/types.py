@@ -1,8 +1,8 @@
 """Everything that flows between the stages: prompts, rollouts, batches, log-probs and statistics.
 
 Read this file first.  Four policies meet in a training step.  Their log-probs are in nats, of the
-distribution that is sampled from: scaled by the temperature and, with `logps_support="sampled"`, cut
-and penalised as the sampler did (`Batch.support`):
+distribution that is sampled from: scaled by the temperature and, with `logps_support="sampled"`,
+cut and penalised as the sampler did (`Batch.support`):
 
     logps           the policy being trained, now
     old_logps       the same weights when this collection began
@@ -54,7 +54,7 @@ class Rollout:
     """One sampled completion, ragged, on the CPU."""
 
     prompt: Prompt
-    # Completion tokens; includes the end-of-sequence token where the policy wrote one; may be empty.
+    # Completion tokens, with the end-of-sequence token where the policy wrote one; may be empty.
     ids: list[int]
     finish_reason: Literal["stop", "length"]  # "length" if the token budget ended it
     # One per token of ids; None if the engine does not report them.

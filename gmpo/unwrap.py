@@ -41,8 +41,8 @@ def uses_prompt_learning(model: nn.Module) -> bool:
 def without_adapter(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside a PEFT model, or the model itself.
 
-    A PEFT model whose adapter acts only in PEFT's own forward pass (prompt learning) stays as it is;
-    it passes attributes and calls on to the model inside.
+    A PEFT model whose adapter acts only in PEFT's own forward pass (prompt learning) stays as it
+    is; it passes attributes and calls on to the model inside.
     """
     if is_adapted(model) and not uses_prompt_learning(model):
         return cast(PreTrainedModel, model.get_base_model())

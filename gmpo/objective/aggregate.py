@@ -1,4 +1,4 @@
-"""From the losses of tokens and rows to one number.  Every denominator of the objective is in this file.
+"""From the losses of tokens and rows to one number: every denominator of the objective.
 
 An aggregate takes values ([B, T], or [B, 1]: one value that stands for every token of its row), the
 mask of counted tokens and the counts of the whole optimizer batch.  It returns this chunk's share:
@@ -16,7 +16,7 @@ from gmpo.objective.types import Denominators
 
 
 def row_mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Return the mean of each row's values over its counted tokens, [B, 1]; 0 for a row without any.
+    """Return the mean of each row's values over its counted tokens, [B, 1]; 0 over none.
 
     Args:
         values: [B, T] or [B, 1].
@@ -60,8 +60,8 @@ def entropy_mean(
     """Return the mean entropy that the bonus weighs: over all tokens of the optimizer batch.
 
     With a selection by entropy (`selective`) it is over the selected tokens.  Their number in the
-    optimizer batch is not known before its last micro-batch, so it is the mean over micro-batches of
-    each one's mean.
+    optimizer batch is not known before its last micro-batch, so it is the mean over micro-batches
+    of each one's mean.
     """
     if not selective:
         return mean_over_tokens(entropy, mask, denominators)

@@ -1,4 +1,4 @@
-"""PPO's clipped ratio per token: GRPO, BNPO, Dr. GRPO, DAPO, LUSPO, and GSPO at the sequence level."""
+"""PPO's clipped ratio per token: GRPO, BNPO, Dr. GRPO, DAPO, LUSPO, GSPO."""
 
 import math
 
@@ -23,12 +23,18 @@ def clipped(
              = -A min(w, 1 + epsilon_high)               if A >= 0
                -A max(min(w, delta), 1 - epsilon)        if A <  0
 
-    The bounds are applied to log w: the gradient of an overflowing exp would be NaN even behind a bound.
+    The bounds are applied to log w: the gradient of an overflowing exp would be NaN even behind a
+    bound.
 
     Args:
+        x: Log-ratios and selected tokens [B, T], advantages [B, 1], correction.
+        epsilon: Distance of the lower bound of w from 1, for A < 0.
+        epsilon_high: Distance of the upper bound of w from 1, for A >= 0.
         delta: Upper bound of w for A < 0; at least 1 + epsilon_high.
+        importance_sampling_level: "token" or "sequence", as for `log_weights`.
 
-    Source: arXiv:2402.03300; sequence level: arXiv:2507.18071; delta: INTELLECT-2, arXiv:2505.07291.
+    Source: arXiv:2402.03300; sequence level (GSPO): arXiv:2507.18071; delta: INTELLECT-2,
+    arXiv:2505.07291.
     """
     log_weight = log_weights(x, importance_sampling_level)  # [B, T]
 

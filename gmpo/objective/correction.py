@@ -64,7 +64,7 @@ class Correction:
 
 
 def reported_logps(sampler_logps: Tensor | None, old_logps: Tensor) -> Tensor:
-    """Return the sampler's log-probs, [B, T]; the old policy's where it reported none (None, NaN)."""
+    """Return the sampler's log-probs, [B, T]; the old policy's where it reported none."""
     if sampler_logps is None:
         return old_logps
     return torch.where(sampler_logps.isnan(), old_logps, sampler_logps)

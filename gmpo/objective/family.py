@@ -1,4 +1,7 @@
-"""The family of objectives in one table.  A new member is one file for its surrogate and one row here."""
+"""The family of objectives in one table.
+
+A new member is one file for its surrogate and one row here.
+"""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Geometric-Mean Policy Optimization: one ratio per completion, the geometric mean of its clipped token ratios."""
+"""Geometric-Mean Policy Optimization: one ratio per completion.
+
+It is the geometric mean of the clipped ratios of its tokens.
+"""
 
 import torch
 from torch import Tensor
@@ -27,9 +30,9 @@ def gmpo(
         rho  = exp( sum_t c_t / L )
         loss = -A rho
 
-    The gradient in logp_t is -A rho / L where c_t = d_t and 0 where the token is capped.  All tokens
-    share the weight rho, and a capped token still counts in it.  While the policy has not moved
-    (d = 0), this is the gradient of GRPO with a mean over rows.
+    The gradient in logp_t is -A rho / L where c_t = d_t and 0 where the token is capped.  All
+    tokens share the weight rho, and a capped token still counts in it.  While the policy has not
+    moved (d = 0), this is the gradient of GRPO with a mean over rows.
 
     Args:
         x: Log-ratios [B, T], advantages [B, 1], selected tokens and correction.
@@ -50,7 +53,7 @@ def gmpo(
     if importance_sampling_level == "sequence":
         log_ratio = torch.where(x.select, log_ratio, 0).sum(-1, keepdim=True)  # [B, 1]
 
-    # Clip only the side on which the objective would gain.  On its bound a token keeps its gradient.
+    # Clip only the side on which the objective would gain.  A token on its bound has a gradient.
     # A = 0 takes the upper bound: 0 * exp(large) would be NaN.
     clipped = torch.where(
         x.advantages >= 0,

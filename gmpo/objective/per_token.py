@@ -27,5 +27,5 @@ def log_weights(x: SurrogateInputs, level: str) -> Tensor:
 
 
 def charged(x: SurrogateInputs, cost: Tensor) -> Tensor:
-    """Return the selected tokens' costs after the sampler/trainer correction, [B, T]; 0 elsewhere."""
+    """Return the selected tokens' costs after the correction, [B, T]; 0 elsewhere."""
     return torch.where(x.select, cost * x.correction, 0)

@@ -31,7 +31,8 @@ class ObjectiveSettings:
     )
     epsilon: float = option(
         0.2,
-        "Lower clip bound. GRPO's family: ratios below 1 - epsilon. GMPO: log-ratios below -epsilon.",
+        "Lower clip bound. GRPO's family: ratios below 1 - epsilon. GMPO: log-ratios below "
+        "-epsilon.",
         low=0.0,
         low_open=True,
         infinite=True,

@@ -59,9 +59,9 @@ def load_policy(
         disable_dropout(policy)
     elif (rate := dropout_of(policy)) > 0:
         warnings.warn(
-            f"The policy drops activations (rates up to {rate:g}). Completions and old log-probs are "
-            "computed without dropout and the loss with it, so ratios, KL and clipping measure its "
-            "noise. Set disable_dropout=True, or set the rates to 0 (lora_dropout=0.0).",
+            f"The policy drops activations (rates up to {rate:g}). Completions and old log-probs "
+            "are computed without dropout and the loss with it, so ratios, KL and clipping measure "
+            "its noise. Set disable_dropout=True, or set the rates to 0 (lora_dropout=0.0).",
             stacklevel=3,
         )
     if settings.cast_lm_head_to_fp32:
@@ -108,12 +108,13 @@ def check_path(name: str) -> None:
     if looks_local and not Path(name).expanduser().exists():
         raise ValueError(
             f"model={name!r} looks like a path, but nothing is there "
-            f"(working directory: {os.getcwd()}). Give an existing directory, or the name of a model on the hub."
+            f"(working directory: {os.getcwd()}). Give an existing directory, or the name of a "
+            "model on the hub."
         )
 
 
 def init_keywords(settings: PolicySettings) -> dict[str, Any]:
-    """Return the keywords for from_pretrained: `model_init_kwargs`, in float32 unless they name a dtype."""
+    """Return the keywords for from_pretrained: `model_init_kwargs`, in float32 by default."""
     keywords = settings.model_init_kwargs or {}
     keywords = json.loads(keywords) if isinstance(keywords, str) else dict(keywords)
     dtype = keywords.pop("torch_dtype", None)
@@ -244,8 +245,8 @@ def _add_adapter(policy: nn.Module, peft_config: Any) -> nn.Module:
     if is_adapted(policy):
         raise ValueError(
             "peft_config asks for a new adapter, and model has one already. Give the model without "
-            "its adapter (or merged with it: model.merge_and_unload()), or leave peft_config out to "
-            "train the adapter it has."
+            "its adapter (or merged with it: model.merge_and_unload()), or leave peft_config out "
+            "to train the adapter it has."
         )
     assert isinstance(policy, PreTrainedModel)
     return get_peft_model(policy, peft_config)

@@ -118,8 +118,9 @@ class LogProbs:
             found.append((rows, self.compute(model, batch.rows(rows))))
 
         def cut(rows: Tensor) -> list[Tensor]:
-            few = rows.split(self.rows_per_pass or max(1, len(rows)))
-            chunks = [chunk for some in few for chunk in self.chunks_of(batch, some)]
+            chunks: list[Tensor] = []
+            for some in rows.split(self.rows_per_pass or max(1, len(rows))):
+                chunks += self.chunks_of(batch, some)
             return pad_to_max_count(chunks) if sharded(model) else chunks
 
         with eval_mode(model):
@@ -168,7 +169,7 @@ class LogProbs:
         return total + router_share(router_loss)
 
     def chunks(self, batch: Batch, max_tokens: int | None) -> list[Tensor]:
-        """Cut `batch` into sets of rows ([b] int64 each), of at most `max_tokens` tokens after layout.
+        """Cut `batch` into sets of rows ([b] int64 each) of at most `max_tokens` tokens each.
 
         Whole groups stay together where they fit, and the sets have about the same size.  A single
         row that is larger than `max_tokens` is a set of its own.
@@ -204,7 +205,7 @@ class LogProbs:
         return self.settings.router_aux_loss_coef > 0 and is_mixture(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the results of the layout self-check, so that a resumed run uses the same layouts."""
+        """Return the results of the layout self-check, for a resumed run to use the same."""
         return self._layouts.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -351,7 +352,7 @@ def _stacked_logps(forward: _ForwardPass, hidden: Tensor, *, want_entropy_grad: 
 def _tiled_loss(
     forward: _ForwardPass, hidden: Tensor, *, loss: RowsLoss, want_entropy_grad: bool
 ) -> Tensor:
-    """Return the loss of all rows, [1]: fused where whole rows fit into tiles, else of their log-probs."""
+    """Return the loss of all rows, [1]: fused where whole rows fit into tiles."""
     batch, device = forward.batch, forward.batch.mask.device
     capacity = _capacity(forward.head, hidden, want_entropy_grad)
     tiles, others = _tiles(batch.mask.sum(1).tolist(), capacity)
@@ -387,7 +388,7 @@ def _tiled_loss(
 
 
 def _capacity(head: Head, hidden: Tensor, want_entropy_grad: bool) -> int:
-    """Return the tokens of a tile of the fused loss; -1 where computing log-probs first costs no more."""
+    """Return the tokens of a tile of the fused loss; -1 where fusing saves nothing."""
     if head.linear is None or not torch.is_grad_enabled():
         return -1
     if not head.linear.weight.requires_grad and not want_entropy_grad:
@@ -422,7 +423,7 @@ def _tiles(counts: list[int], capacity: int) -> tuple[list[list[int]], list[int]
 def _pick(
     forward: _ForwardPass, hidden: Tensor, rows: list[int]
 ) -> tuple[Tensor, Tensor, Shaping | None]:
-    """Return hidden states, targets and shaping of the trained tokens of `rows`, one row after another."""
+    """Return hidden states, targets and shaping of the trained tokens of `rows`, row by row."""
     batch = forward.batch
     index = torch.tensor(rows, dtype=torch.int64, device=batch.mask.device)
     mask = batch.mask[index]

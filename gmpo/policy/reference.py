@@ -31,9 +31,9 @@ def make_reference(
     """Return the reference of `policy`: the policy as it is now.  None if `beta` is 0.
 
     A full model is copied, never loaded again by its name.  Under adapters there is no second
-    model.  Where they do nothing yet, the reference is the policy with its adapters off.  Where they
-    do something from the start (a trained adapter, PiSSA, OLoRA, ...), or where the reference moves
-    (`sync`), it is the same model with a copy of the trained tensors.
+    model.  Where they do nothing yet, the reference is the policy with its adapters off.  Where
+    they do something from the start (a trained adapter, PiSSA, OLoRA, ...), or where the reference
+    moves (`sync`), it is the same model with a copy of the trained tensors.
     """
     if beta == 0:
         return None
@@ -50,9 +50,9 @@ LORA_AT_ZERO = {"lora_B", "lora_embedding_A"}
 def adapters_do_nothing(policy: nn.Module) -> bool:
     """Return whether the policy is, as it is now, the model without its adapters.
 
-    It is known of a single LoRA one of whose two matrices is 0 everywhere.  Everything else is taken
-    to do something: several adapters, other kinds, modules that are saved whole.  Every rank must
-    call.
+    It is known of a single LoRA one of whose two matrices is 0 everywhere.  Everything else is
+    taken to do something: several adapters, other kinds, modules that are saved whole.  Every rank
+    must call.
     """
     adapter = find_adapter(policy)
     kinds = [config.peft_type for config in adapter.peft_config.values()]
@@ -69,7 +69,7 @@ def adapters_do_nothing(policy: nn.Module) -> bool:
 
 
 class FrozenCopy:
-    """A copy of the whole model.  `model` may be replaced by its wrapper (accelerate, DeepSpeed)."""
+    """A copy of the whole model; `model` may be replaced by its wrapper (accelerate, DeepSpeed)."""
 
     def __init__(self, policy: nn.Module) -> None:
         loaded_in_shards = [p for p in policy.parameters() if hasattr(p, "ds_id")]
@@ -153,7 +153,7 @@ class BaseOfAdapter:
 
 
 class AdapterCopy:
-    """The policy with an older copy of its trained tensors, swapped in while it computes log-probs."""
+    """The policy with an older copy of its trained tensors, swapped in while it is used."""
 
     def __init__(self, policy: nn.Module) -> None:
         trained = {n: p for n, p in find_adapter(policy).named_parameters() if p.requires_grad}

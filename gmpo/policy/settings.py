@@ -8,10 +8,13 @@ from gmpo.option import option
 
 @dataclass
 class PolicySettings:
+    """Options of the policy stage."""
+
     model_init_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Keywords for from_pretrained when the model is given by name or path (reward models and their tokenizers get "
-        "them too). The weights are loaded in float32 unless `dtype` says otherwise.",
+        "Keywords for from_pretrained when the model is given by name or path (reward models and "
+        "their tokenizers get them too). The weights are loaded in float32 unless `dtype` says "
+        "otherwise.",
     )
     trust_remote_code: bool = option(
         False, "Allow code that comes with a model, a tokenizer or a reward model to run."
@@ -22,7 +25,8 @@ class PolicySettings:
     )
     router_aux_loss_coef: float = option(
         0.001,
-        "Weight of the load-balancing loss of mixture-of-experts models; no effect on a dense model.",
+        "Weight of the load-balancing loss of mixture-of-experts models; no effect on a dense "
+        "model.",
         low=0.0,
     )
     pad_to_multiple_of: int | None = option(
@@ -30,15 +34,15 @@ class PolicySettings:
     )
     batch_layout: str = option(
         "auto",
-        "How rows are laid out for the model: 'shared_prefix' runs each prompt once for its group, 'packed' runs rows "
-        "back to back, 'padded' is the plain rectangle. 'auto' is 'shared_prefix' where the model attends by segments, "
-        "which is checked, else 'padded'.",
+        "How rows are laid out for the model: 'shared_prefix' runs each prompt once for its group, "
+        "'packed' runs rows back to back, 'padded' is the plain rectangle. 'auto' is "
+        "'shared_prefix' where the model attends by segments, which is checked, else 'padded'.",
         choices=("auto", "shared_prefix", "packed", "padded"),
     )
     max_tokens_per_chunk: int | None = option(
         None,
-        "Tokens of one forward pass: a micro-batch is cut into chunks of about this size, with the same update. None "
-        "runs the whole micro-batch at once.",
+        "Tokens of one forward pass: a micro-batch is cut into chunks of about this size, with the "
+        "same update. None runs the whole micro-batch at once.",
         low=1,
     )
     nonfinite_steps: str = option(

@@ -325,7 +325,7 @@ class Tile:
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """Forward: tiles of logits, thrown away.  Backward: the same tiles again, and their gradients."""
+    """Forward: tiles of logits, thrown away.  Backward: the same tiles, and their gradients."""
 
     @staticmethod
     def forward(
@@ -380,7 +380,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 class _FrozenLogProbs(torch.autograd.Function):
-    """Forward: each row's direction in which its log-prob grows.  Backward: scaled by its gradient."""
+    """Forward: directions in which log-probs grow.  Backward: these, scaled by the gradient."""
 
     @staticmethod
     def forward(

@@ -19,7 +19,7 @@ from gmpo.policy.head.logits_shaping import Shaping
 
 
 class RowsLoss(Protocol):
-    """The loss of some rows of a chunk; the only thing that passes from the objective to the head."""
+    """The loss of some rows of a chunk: all that passes from the objective to the head."""
 
     def __call__(self, rows: Tensor, logps: Tensor, entropy: Tensor) -> Tensor:
         """Return the share of `rows` in the loss, a scalar.
@@ -43,7 +43,7 @@ def fused_loss(
     *,
     shaping: Shaping | None = None,
 ) -> Tensor:
-    """Return the sum of `loss` over tiles, a scalar that carries the gradients of `hidden` and `head`.
+    """Return the sum of `loss` over tiles, a scalar with the gradients of `hidden` and `head`.
 
     Args:
         hidden: [N, H], the states of a tile next to each other.
@@ -111,7 +111,7 @@ class _FusedLoss(torch.autograd.Function):
 def _loss_and_gradients(
     loss: RowsLoss, rows: Tensor, logps: Tensor, entropy: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the loss of a tile and its gradients in log-probs and entropies; None for no gradient."""
+    """Return the loss of a tile and its gradients in log-probs and entropies, or None."""
     with torch.enable_grad():
         share = loss(rows, logps.requires_grad_(), entropy.requires_grad_())
         if not share.requires_grad:

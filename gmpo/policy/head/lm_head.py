@@ -97,8 +97,8 @@ def cast_head_to_float32(model: nn.Module) -> None:
     linear = getattr(head, "base_layer", head)
     if type(linear) not in LINEAR:
         raise ValueError(
-            f"cast_lm_head_to_fp32=True needs a linear head, and {type(unwrap(model)).__name__} has "
-            f"a {type(linear).__name__}. Leave the option out."
+            "cast_lm_head_to_fp32=True needs a linear head, and "
+            f"{type(unwrap(model)).__name__} has a {type(linear).__name__}. Leave the option out."
         )
 
     # A tied head shares its weights with the input embedding, which keeps its dtype.

@@ -38,8 +38,8 @@ def use_onednn(model: nn.Module) -> None:
         return
     for module in model.modules():
         if type(module) is nn.Linear:
-            # Warning: this swaps the class of the user's modules.  Parameters, hooks and names stay,
-            # so that checkpoints, optimizers and adapters see no difference.
+            # Warning: this swaps the class of the user's modules.  Parameters, hooks and names
+            # stay, so that checkpoints, optimizers and adapters see no difference.
             module.__class__ = OneDnnLinear
 
 
@@ -110,8 +110,8 @@ def _blocks(length: int, width: int) -> list[slice]:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return input @ weight.T + bias.
 
-    The weight must be contiguous, or the transposed view of a contiguous matrix: other strides are a
-    hundred times slower.
+    The weight must be contiguous, or the transposed view of a contiguous matrix: other strides are
+    a hundred times slower.
     """
     return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")
 
