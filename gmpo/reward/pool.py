@@ -148,7 +148,28 @@ class WorkerPool:
             with self._lock:
                 self._alive.discard(worker)
             if not (outcome.untouched and worker.has_answered):
+                self._replace_later(call)
                 return outcome
+
+    def _replace_later(self, call: "Call") -> None:
+        """Have another worker ready before it is asked for: importing what it calls takes seconds."""
+        with contextlib.suppress(RuntimeError):  # the pool has been closed meanwhile
+            events = [self._closing.event]
+            self._threads.submit(self._prepare, dataclasses.replace(call, events=events))
+
+    def _prepare(self, call: "Call") -> None:
+        with self._lock:
+            if call.cancelled or len(self._alive) >= self.max_workers:
+                return
+            worker = Worker()
+            self._alive.add(worker)
+
+        worker.load(call)
+        if not worker.ended:
+            self._idle.put(worker)
+            return
+        with self._lock:
+            self._alive.discard(worker)
 
     def _take(self, patience_s: float) -> "Worker":
         """Return an idle worker, or a new one if none becomes idle in time."""
@@ -221,6 +242,20 @@ class Worker:
 
     def ask(self, call: Call) -> Outcome:
         """Return what became of `call`; the worker has ended if it was lost."""
+        failure = self.load(call)
+        if failure is not None:
+            return failure
+
+        question = {
+            "call": call.function.key,
+            "arguments": call.arguments,
+            "shared": None if call.shared is None else call.shared.key,
+            "seconds": call.limits.wall_s,
+        }
+        return self._answer(question, call.limits, call)
+
+    def load(self, call: Call) -> Outcome | None:
+        """Let the process unpack what `call` needs; return None if all went well."""
         loading = Limits(wall_s=_START_S)
         for packed in filter(None, (call.function, call.shared)):
             if packed.key in self._known:
@@ -232,14 +267,7 @@ class Worker:
             if outcome.lost or outcome.error:
                 return dataclasses.replace(outcome, unloadable=True)
             self._known.add(packed.key)
-
-        question = {
-            "call": call.function.key,
-            "arguments": call.arguments,
-            "shared": None if call.shared is None else call.shared.key,
-            "seconds": call.limits.wall_s,
-        }
-        return self._answer(question, call.limits, call)
+        return None
 
     def end(self) -> None:
         """Kill the process, and whatever it started."""
