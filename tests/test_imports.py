@@ -158,3 +158,17 @@ def test_nothing_of_ours_unpickles():
         and any(offends(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     ]
     assert offenders == []
+
+
+def test_no_posix_module_is_needed_to_import_gmpo():
+    """Windows has none of these.  torch and others are imported first: they have ways around it."""
+    code = """
+import sys
+import torch, transformers, accelerate, datasets, psutil
+import transformers.trainer
+for name in ("resource", "fcntl", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+import gmpo.trainer, gmpo.cli.train, gmpo.reward.code, gmpo.reward.worker
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -31,7 +31,7 @@ from gmpo.types import Rollout, is_own_figure
 logger = logging.getLogger(__name__)
 
 _ALIVE_S = 1.0  # for the event loop to show that nobody blocks it
-_warned_of_unscored: set[tuple[str, ...]] = set()
+_warned_of_unscored: set[tuple[int, ...]] = set()
 
 
 @dataclass(slots=True)
@@ -344,10 +344,10 @@ def _warn_of_unscored(
     columns: Mapping[str, list[Any]],
 ) -> None:
     unscored = rewards.isnan().all(dim=1).nonzero().flatten().tolist()
-    names = tuple(source.name for source in sources)
-    if not unscored or names in _warned_of_unscored:
+    who = tuple(id(source) for source in sources)
+    if not unscored or who in _warned_of_unscored:
         return
-    _warned_of_unscored.add(names)
+    _warned_of_unscored.add(who)
 
     row = unscored[0]
     logger.warning(
@@ -355,7 +355,7 @@ def _warn_of_unscored(
         "advantage 0. The first: prompt %s, completion %s, columns %s. This is said once.",
         len(unscored),
         len(rollouts),
-        ", ".join(names),
+        ", ".join(source.name for source in sources),
         short(rollouts[row].prompt.source),
         short(rollouts[row].completion),
         short({name: values[row] for name, values in columns.items()}),

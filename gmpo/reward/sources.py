@@ -57,6 +57,11 @@ def build_sources(
             "reward_funcs: the numbers must match. Give None for a function."
         )
     check_weights(settings.reward_weights, len(rewards))
+    if settings.reward_weights and not any(settings.reward_weights):
+        raise ValueError(
+            f"reward_weights={settings.reward_weights!r} are all 0: no reward would train anything. "
+            "Give at least one another weight."
+        )
 
     builders = [
         _builder(reward, tokenizer, settings)

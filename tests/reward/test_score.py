@@ -243,8 +243,10 @@ def test_rows_that_nobody_scores_are_warned_of_once_with_an_example(caplog):
 
     rows = [{"answer": "yes"}, {"answer": "no"}]
     with caplog.at_level(logging.WARNING):
-        scored([shy_one, shy_two], rows=rows)
-        scored([shy_one, shy_two], rows=rows)
+        sources = build_sources([shy_one, shy_two])
+        rollouts = [rollout("p1", "c1"), rollout("p2", "c2")]
+        score(sources, rollouts, rows)
+        score(sources, rollouts, rows)
     (record,) = caplog.records
     message = record.getMessage()
     assert "1 of 2 completions (shy_one, shy_two all gave None)" in message

@@ -273,6 +273,7 @@ REFUSED = [
         r"2 weights for 1 reward source.*must match",
     ),
     ([plain, slow], {"settings": RewardSettings(reward_weights=[])}, "must match"),
+    (plain, {"settings": RewardSettings(reward_weights=[0.0])}, "are all 0"),
     (
         [plain, slow],
         {"reward_processing_classes": [None]},
