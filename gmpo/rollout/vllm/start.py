@@ -11,9 +11,6 @@ from gmpo.rollout.vllm.inside.names import BACKEND, CPU_BLOCK, EXTENSION, GUARD
 # Read in parts, a prompt makes vLLM take back random numbers, which fails on CPUs.
 ON_CPUS = ["--no-enable-chunked-prefill", "--block-size", str(CPU_BLOCK)]
 
-# Tokens of a sample that are sent together: one by one they cost the server more than they tell.
-STREAM_INTERVAL = 32
-
 
 def server_command(
     model: str, further: Sequence[str], *, host: str, port: int, guarded: bool
@@ -37,7 +34,6 @@ def server_command(
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
         *("--worker-extension-cls", EXTENSION),
         "--enable-scale-out",  # the route of token ids, which tells which weights wrote them
-        *("--stream-interval", str(STREAM_INTERVAL)),
         *("--logprobs-mode", mode),
         *("--generation-config", "vllm"),  # sampling is the trainer's business
         *on_cpus,
