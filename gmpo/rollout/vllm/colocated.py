@@ -33,7 +33,6 @@ from gmpo.rollout.vllm.sampling import (
     VllmSampling,
     check_room,
     completion,
-    prompt_ids,
     request_options,
     vllm_sampling,
 )
@@ -225,7 +224,7 @@ class ColocatedEngine:
         self._scale_logits(options.logits_scale)
         outputs: list[RequestOutput] = []
         if everything:
-            prompts = [prompt_ids(request) for request in everything]
+            prompts = [request.context for request in everything]
             outputs = self._run(prompts, self._params(everything, options))
         if self.settings.vllm_enable_sleep_mode:
             self._sleep()
@@ -419,7 +418,7 @@ class Batch:
 
     def add(self, request: Request, params: Sequence["SamplingParams"]) -> None:
         """Let the samples of a request join, each with its own options."""
-        prompt: Any = {"prompt_token_ids": prompt_ids(request)}
+        prompt: Any = {"prompt_token_ids": request.context}
         with preserve_rng():
             for number, own in enumerate(params):
                 name = f"gmpo-{next(self.names)}"

@@ -219,11 +219,6 @@ def engine_seed(request: Request) -> int:
     return seed
 
 
-def prompt_ids(request: Request) -> list[int]:
-    """Return the tokens that vLLM goes on from."""
-    return [*request.prompt.ids, *request.so_far]
-
-
 def request_options(request: Request, shared: dict[str, Any]) -> dict[str, Any]:
     """Return vLLM's options for one request.
 
@@ -252,7 +247,7 @@ def check_room(
     """
     for request in requests:
         budget = request_options(request, options)["max_tokens"]
-        given = len(request.prompt.ids) + len(request.so_far)
+        given = len(request.context)
         needed = given + budget
         if needed > longest:
             raise ValueError(

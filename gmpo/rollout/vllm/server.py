@@ -27,7 +27,6 @@ from gmpo.rollout.vllm.sampling import (
     GREEDY,
     VllmSampling,
     check_room,
-    prompt_ids,
     request_options,
     vllm_sampling,
 )
@@ -367,7 +366,7 @@ class ServerEngine:
         token_sets = report and options.reports["return_sampling_mask"]
         parts = client.complete(
             {
-                "token_ids": prompt_ids(request),
+                "token_ids": request.context,
                 "model": self.adapter,
                 "sampling_params": request_options(request, params),
             }
