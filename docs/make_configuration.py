@@ -100,7 +100,7 @@ def page() -> str:
 
 
 def undocumented() -> set[str]:
-    """Options of the Trainer that `trainer_options.json` does not know: newer versions have some."""
+    """Return the Trainer's options that `trainer_options.json` lacks: newer versions have some."""
     known = {name for names in INHERITED.values() for name in names}
     ours = {f.name for settings in STAGE_SETTINGS for f in dataclasses.fields(settings)}
     return {f.name for f in dataclasses.fields(GRPOConfig)} - known - ours

@@ -1,4 +1,4 @@
-"""The arguments of the trainers: what is checked of them before any weight is loaded."""
+"""Checks of the trainers' arguments, before any weight is loaded."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from gmpo.rollout.prompts.lengths import fitting
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
-RENAMED = {  # what other trainers, or older ones, call an argument -> its name
+RENAMED = {  # an argument's name in other trainers, or in older ones -> its name here
     "tokenizer": "processing_class",
     "config": "args",
     "training_args": "args",
@@ -38,38 +38,38 @@ RENAMED = {  # what other trainers, or older ones, call an argument -> its name
 
 
 def known_arguments_only(init: Init) -> Init:
-    """Wrap `__init__` of a trainer: an argument that it does not have raises what to use instead."""
+    """Wrap `__init__` of a trainer to refuse unknown arguments with what to use instead."""
     known = list(inspect.signature(init).parameters)[1:]
 
     @functools.wraps(init)
     def checked(self: Any, *arguments: Any, **keywords: Any) -> None:
         for name in keywords:
             if name not in known:
-                hint = instead_of(name, known, type(self))
+                hint = instead_of(name, known, type(self).config_class)
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}.{hint}")
         init(self, *arguments, **keywords)
 
     return checked  # pyright: ignore[reportReturnType] (functools.wraps loses the signature)
 
 
-def instead_of(name: str, known: list[str], trainer: Any) -> str:
+def instead_of(name: str, known: list[str], config_class: type[GRPOConfig]) -> str:
     """Return a sentence about what to use instead of the argument `name`."""
-    options = [field.name for field in dataclasses.fields(trainer.config_class)]
+    options = [field.name for field in dataclasses.fields(config_class)]
     if name in RENAMED:
         return f" It is called {RENAMED[name]} here."
     if name in options:
-        return f" It is an option: args={trainer.config_class.__name__}({name}=...)."
+        return f" It is an option: args={config_class.__name__}({name}=...)."
     return advice(name, known)
 
 
-def refuse_later_arguments(**arguments: Any) -> None:
+def refuse_later_arguments(**arguments: object) -> None:
     """Raise a ValueError for arguments of the documented interface that are not there yet."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"The argument {name} is not available yet. Leave it out.")
 
 
-def checked_model(model: Any) -> str | nn.Module:
+def checked_model(model: object) -> str | nn.Module:
     """Return a model's name or path as text, or the model itself; raise a TypeError for others."""
     if isinstance(model, os.PathLike):
         return os.fspath(model)
@@ -81,7 +81,7 @@ def checked_model(model: Any) -> str | nn.Module:
 
 
 def checked_args(
-    args: Any, config_class: type[GRPOConfig], model: str | nn.Module, *, trainer: str
+    args: object, config_class: type[GRPOConfig], model: str | nn.Module, *, trainer: str
 ) -> GRPOConfig:
     """Return the config of a trainer.
 
@@ -123,7 +123,7 @@ def name_of(model: nn.Module) -> str:
 
 
 def tokenizer_of(
-    processing_class: Any, model: str | nn.Module, args: GRPOConfig
+    processing_class: object, model: str | nn.Module, args: GRPOConfig
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer: the given one, that of a given processor, or the model's own.
 
@@ -169,15 +169,15 @@ def usable_prompts(
     return train_dataset, next(iter(named.values()), None)
 
 
-def check_kind(dataset: Any, name: str) -> None:
+def check_kind(dataset: object, name: str) -> None:
     """Raise a TypeError for what is no dataset, with how to make one of it.
 
     A dataset has a length and rows by number, or can be iterated over again and again.  A dict of
     datasets is `check_dataset`'s to refuse.
     """
-    kind = type(dataset).__name__
     if dataset is None:
         return
+
     if isinstance(dataset, str | os.PathLike):
         remedy = "Load it: datasets.load_dataset('json', data_files=...)"
     elif hasattr(dataset, "iloc"):
@@ -200,6 +200,7 @@ def check_kind(dataset: Any, name: str) -> None:
         return
     else:
         remedy = "Use a datasets.Dataset, or a list of rows {'prompt': ...}"
+    kind = type(dataset).__name__
     raise TypeError(f"{name} is a {kind}, which is not a dataset of rows. {remedy}.")
 
 
@@ -256,7 +257,7 @@ def check_tokens(encoder: PromptEncoder) -> None:
 
 
 def check_reward_columns(sources: list[RewardSource], train_dataset: Any, args: GRPOConfig) -> None:
-    """Raise a ValueError if a reward function needs a column that the training set does not have."""
+    """Raise a ValueError if a reward function needs a column that is not in the training set."""
     rows = kept_columns(train_dataset, remove_unused=bool(args.remove_unused_columns))
     columns = getattr(rows, "column_names", None)
     for source in sources:
@@ -278,8 +279,8 @@ def warn_if_nothing_is_sharded(args: GRPOConfig, *, is_sharded: bool) -> None:
     if args.fsdp and not is_sharded:
         warnings.warn(
             f"fsdp={args.fsdp!r} does nothing here: accelerate shards among several processes with "
-            f"accelerators, and this is {args.world_size} on {args.device.type}. Each process holds "
-            "the whole model.",
+            f"accelerators, and this is {args.world_size} on {args.device.type}. Each process "
+            "holds the whole model.",
             stacklevel=4,  # past the check of the arguments
         )
 

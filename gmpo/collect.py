@@ -73,7 +73,7 @@ class Collection:
 
 @dataclass
 class Collector:
-    """Makes collections.  Holds the stages; every rank calls `collect` at the same time."""
+    """Maker of collections out of the stages; every rank calls `collect` at the same time."""
 
     engine: Engine
     encoder: PromptEncoder
@@ -157,7 +157,7 @@ class Collector:
     def _with_advantages(
         self, rows: Rows, rollouts: list[Rollout], scored: Scored, group_size: int
     ) -> Collection:
-        """Take the advantages of this rank's rows, for which the rewards of all ranks are needed."""
+        """Take the advantages of this rank's rows, relative to the rewards of all ranks."""
         all_rewards = distributed.all_gather(scored.rewards)
         rows_of_ranks = distributed.all_gather_objects(len(rollouts))
         offset = sum(rows_of_ranks[: distributed.rank()])
@@ -227,7 +227,7 @@ def roll_out(
     Args:
         version: Of the weights that were published.
     """
-    rollouts = []
+    rollouts: list[Rollout] = []
     groups = engine.generate(requests, sampling)
     for request, completions in zip(requests, groups, strict=True):
         for completion in completions:

@@ -103,17 +103,22 @@ class GRPOConfig(
     algorithm = "grpo"
 
     def __post_init__(self):
+        # The values as they were given: read, checked one by one, and settled.
         self._resolve_paths()
         parse_dicts(self)
         check_inherited(self)
         self._resolve_defaults()
         check_options(self)
         self._resolve_old_names()
+
+        # Options that do not go together.
         check_objective(self, algorithm=self.algorithm)
         check_rewards(self)
         check_rollout(self)
         check_arguments(self)
         self._check_combinations()
+
+        # The Trainer's own checks; from here on the device and the ranks are known.
         super().__post_init__()
         check_device(self)
         self._check_output_dir()
@@ -138,7 +143,7 @@ class GRPOConfig(
             )
         if self.bf16 is None:
             on = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-            self.bf16 = on  # pyright: ignore[reportIncompatibleVariableOverride] (as declared above)
+            self.bf16 = on  # pyright: ignore[reportIncompatibleVariableOverride] (as declared)
         self._resolve_best_metric()
 
     def _resolve_best_metric(self) -> None:
@@ -177,11 +182,13 @@ class GRPOConfig(
                 f"{self.zero_signal_groups!r}. Set zero_signal_groups='resample', or leave "
                 "max_resamples out."
             )
+
         if self.nonfinite_steps == "skip" and self.deepspeed is not None:
             raise ValueError(
                 "nonfinite_steps='skip' has no effect with deepspeed, which makes the optimizer's "
                 "step within the backward pass. Use nonfinite_steps='stop'."
             )
+
         if self.sync_ref_model and self.beta == 0.0:
             raise ValueError(
                 "sync_ref_model=True needs a reference. Set beta above 0, or leave sync_ref_model "
@@ -190,8 +197,8 @@ class GRPOConfig(
 
     def _check_output_dir(self) -> None:
         # Absolute at once: a reward may change the working directory.
-        self.output_dir = os.path.abspath(os.path.expanduser(str(self.output_dir)))
-        folder = self.output_dir
+        folder = os.path.abspath(os.path.expanduser(self.output_dir))
+        self.output_dir = folder  # pyright: ignore[reportIncompatibleVariableOverride] (as declared)
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
 

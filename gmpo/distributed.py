@@ -10,40 +10,46 @@ from torch import Tensor
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the number of this rank."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def collective_device() -> torch.device:
-    """Where tensors must lie for the ranks to exchange them."""
+    """Return the device on which tensors must be for the ranks to exchange them."""
     nccl = world_size() > 1 and "nccl" in dist.get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 def all_reduce(values: Tensor, operation: str = "sum") -> Tensor:
-    """`values` summed ("sum"), or their smallest ("min") or largest ("max"), over all ranks.  Every rank must call.
+    """Return the sum of `values` over all ranks, or their smallest ("min") or largest ("max").
 
-    They may lie anywhere, and the result lies there too.
+    Every rank must call.  The result is on the device of `values`.
     """
     if world_size() == 1:
         return values
+    operations = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
     result = values.to(collective_device(), copy=True)
-    dist.all_reduce(
-        result,
-        op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[
-            operation
-        ],
-    )
+    dist.all_reduce(result, op=operations[operation])
     return result.to(values.device)
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """[n_r, ...] of every rank, one after another in rank order; n_r may differ.  Every rank must call."""
+    """Return the values of every rank, [n_r, ...] each, one after another in rank order.
+
+    Every rank must call.  n_r may differ from rank to rank.
+
+    Example:
+        rank 0 has [1, 2], rank 1 has [3] -> [1, 2, 3] on both
+    """
     if world_size() == 1:
         return values
+
+    # Tensors that are gathered must have one shape: pad them to the longest.
     device = collective_device()
     sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor(len(values), device=device))
@@ -52,13 +58,16 @@ def all_gather(values: Tensor) -> Tensor:
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)]).to(
-        values.device
-    )
+
+    unpadded = [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(unpadded).to(values.device)
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """One picklable object per rank, in rank order, among ranks that trust each other.  Every rank must call."""
+    """Return one picklable object per rank, in rank order, among ranks that trust each other.
+
+    Every rank must call.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -73,16 +82,20 @@ def all_gather_as_objects(values: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on at least one rank.  Every rank must call."""
+    """Return whether `flag` is true on at least one rank.  Every rank must call."""
     if world_size() == 1:
         return flag
     return bool(all_reduce(torch.tensor(int(flag)), "max"))
 
 
 def pad_to_max_count(parts: list[Tensor]) -> list[Tensor]:
-    """`parts` ([n] each), with empty ones behind them until every rank has as many.  Every rank must call."""
+    """Return `parts` ([n] each), followed by empty ones until every rank has as many.
+
+    Every rank must call.
+    """
     most = int(all_reduce(torch.tensor(len(parts)), "max"))
-    return parts + [torch.zeros(0, dtype=torch.int64) for _ in range(most - len(parts))]
+    missing = most - len(parts)
+    return parts + [torch.zeros(0, dtype=torch.int64) for _ in range(missing)]
 
 
 class RankError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Options of `transformers.TrainingArguments`: their types and ranges, and those that gmpo restricts.
+"""Options of `transformers.TrainingArguments`: types, ranges, and those that gmpo restricts.
 
 All others act as they do for every Trainer.
 """
@@ -143,8 +143,8 @@ def check_inherited(config: TrainingArguments) -> None:
         bounds.check(name, getattr(config, name))
     if config.max_steps == 0 or config.max_steps < -1:
         raise ValueError(
-            f"max_steps={config.max_steps} is out of range: it must be a number of optimizer steps, "
-            "at least 1, or -1 for num_train_epochs."
+            f"max_steps={config.max_steps} is out of range: it must be a number of optimizer "
+            "steps, at least 1, or -1 for num_train_epochs."
         )
     check_trackers(config.report_to)
     check_named_values(config)
@@ -174,7 +174,7 @@ def check_inherited_type(field: dataclasses.Field, value: Any, cls: type) -> Non
 
 
 def origin_of(member: Any) -> Any:
-    """Return the class of a type with or without parameters: dict of `dict` and `dict[str, Any]`."""
+    """Return the class of a type, without its parameters: dict for `dict[str, Any]`."""
     return typing.get_origin(member) or member
 
 
@@ -290,10 +290,12 @@ def useless_accelerator_options(given: AcceleratorConfig | dict | str | None) ->
         return
     values = given if isinstance(given, dict) else given.to_dict()
     defaults = AcceleratorConfig().to_dict()
+
     for name, value in values.items():
         if name not in defaults:
             yield f"accelerator_config has no option {name!r}.{advice(name, defaults)}"
             continue
+
         harmless = ACCELERATOR_FACTS.get(name, (defaults[name],))
         if name not in ACCELERATOR_OPTIONS and value not in harmless:
             yield (
@@ -315,13 +317,14 @@ def check_parallelism(parallelism: ParallelismConfig | None) -> None:
 
 
 def check_device(config: Any) -> None:
-    """Raise a ValueError for an option that can't act on the device, which `config` knows by now."""
+    """Raise a ValueError for an option that can't act on the device that `config` has found."""
     if config.fp16 and config.device.type == "cpu":
         raise ValueError(
             "fp16=True has no effect on a CPU, which computes mixed precision only in bfloat16. "
             "Use bf16=True, or load the model in half precision: "
             "model_init_kwargs={'dtype': 'float16'}."
         )
+
     if config.vllm_enable_sleep_mode and config.device.type == "cpu":
         raise ValueError(
             "vllm_enable_sleep_mode=True gives away a GPU's memory, and this run has no GPU. "

@@ -26,7 +26,7 @@ class EpochListener(Protocol):
 
 
 class PromptRows(Dataset):
-    """A map-style dataset whose rows have only the columns that gmpo itself reads."""
+    """A map-style dataset without the columns that gmpo itself does not read."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -118,7 +118,8 @@ def evaluation_loader(
     Args:
         dataset: Map-style, or iterable (then it is read into memory).
         group_size: Completions per prompt.
-        rows_per_rank: Completions of a batch on each rank; a batch over all ranks holds whole groups.
+        rows_per_rank: Completions of a batch on each rank; a batch over all ranks holds whole
+            groups.
         args: For ranks and workers.
     """
     rows = rows_per_rank * args.world_size

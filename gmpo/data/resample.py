@@ -1,4 +1,4 @@
-"""Prompts to put in the place of those whose completions are all worth the same."""
+"""Prompts in the place of those whose completions all have the same reward."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,9 @@ class ReplacementPrompts:
         self.dataset = dataset
 
     def draw(self, count: int, *, without: set[str], seed: int) -> list[Row]:
-        """`count` rows of distinct prompts, fewer if there are no more.  The same on every rank.
+        """Return `count` rows of distinct prompts, or fewer if there are no more.
+
+        They are the same on every rank.
 
         Args:
             without: Prompts not to draw, as `prompt_key` gives them.
@@ -45,5 +47,5 @@ class ReplacementPrompts:
 
 
 def prompt_key(row: Row) -> str:
-    """Rows with the same prompt have the same key."""
+    """Return a text that is the same for rows with the same prompt."""
     return json.dumps(row["prompt"], sort_keys=True, default=repr)

@@ -7,6 +7,8 @@ from gmpo.option import option
 
 @dataclass
 class DataSettings:
+    """Options of the data stage."""
+
     num_generations: int = option(
         8, "Completions per prompt: the group that an advantage is relative to.", low=2
     )
@@ -15,13 +17,15 @@ class DataSettings:
     )
     generation_batch_size: int | None = option(
         None,
-        "Completions of one collection over all ranks. Give this or steps_per_generation, not both.",
+        "Completions of one collection over all ranks. Give this or steps_per_generation, not "
+        "both.",
         low=1,
     )
     steps_per_generation: int | None = option(
         None,
-        "Micro-batches that one collection is cut into; None takes gradient_accumulation_steps. More of them than "
-        "gradient_accumulation_steps give several optimizer steps per collection, which is where clipping acts.",
+        "Micro-batches that one collection is cut into; None takes gradient_accumulation_steps. "
+        "More of them than gradient_accumulation_steps give several optimizer steps per "
+        "collection, which is where clipping acts.",
         low=1,
     )
     num_iterations: int = option(1, "Passes over each collection.", low=1)
@@ -30,9 +34,9 @@ class DataSettings:
     )
     zero_signal_groups: str = option(
         "skip",
-        "What to do with groups whose rewards are all equal: 'skip' their forward and backward when that is exact (no "
-        "KL, entropy bonus or auxiliary loss), denominators unchanged; 'keep' them; 'resample': draw other prompts in "
-        "their place, and skip the groups that are left.",
+        "What to do with groups whose rewards are all equal: 'skip' their forward and backward "
+        "when that is exact (no KL, entropy bonus or auxiliary loss), denominators unchanged; 'keep' "
+        "them; 'resample': draw other prompts in their place, and skip the groups that are left.",
         choices=("skip", "keep", "resample"),
     )
     max_resamples: int = option(
@@ -41,14 +45,14 @@ class DataSettings:
 
 
 class Resolved(int):
-    """A size that was worked out of other options, since none was given."""
+    """A size that was derived from other options, since the user set none."""
 
 
 def given_size(size: int | None, other: int | None) -> int | None:
-    """What the user has given of two sizes that follow from each other; None: nothing.
+    """Return the size that the user set, or None if it was derived.
 
-    A size that was worked out stands in a config together with the `other` one, and `dataclasses.replace` passes both
-    on.  Alone it can only come from the user's hand.
+    `dataclasses.replace` passes on derived sizes too, which are marked `Resolved`.  One without the
+    `other` can only have been set by the user.
     """
     if size is None or (isinstance(size, Resolved) and other is not None):
         return None

@@ -186,7 +186,8 @@ class PromptEncoder:
         else:
             ids = self._rendered(self.template.ids, row, number)
 
-        if self._has_unknown_tokens and max(ids, default=0) >= self.num_model_tokens:
+        size = self.num_model_tokens
+        if size is not None and self._has_unknown_tokens and max(ids, default=0) >= size:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise ValueError(
                 f"The prompt of row {number} has the token {token!r} with the number {max(ids)}, "
