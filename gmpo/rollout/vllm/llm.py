@@ -84,7 +84,7 @@ def start_engine(
         save_config(policy, folder)
         tokenizer.save_pretrained(folder)
 
-    # vLLM reads these when it is imported: the engine is in this process, not in one of its own.
+    # vLLM reads these when it is imported: the engine must run in this process, not in another.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with preserve_rng():

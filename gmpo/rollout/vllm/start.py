@@ -1,4 +1,4 @@
-"""How `gmpo serve` starts vLLM's server."""
+"""The command and the environment with which `gmpo serve` starts vLLM's server."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""How buckets of weights travel into an engine: by reference, in files, over NCCL."""
+"""Carriers of weights into an engine: by reference, in files, over NCCL."""
 
 import queue
 import threading
