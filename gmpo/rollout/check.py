@@ -148,8 +148,8 @@ def check_continuous(settings: RolloutSettings) -> None:
     for name, value in changed.items():
         raise ValueError(
             f"{name}={value!r} can't be combined with use_transformers_continuous_batching, which "
-            "does not report which tokens it drew from, so that ratios would be off. Leave it out, or "
-            "turn continuous batching off."
+            "does not report which tokens it drew from, so that ratios would be off. Leave it out, "
+            "or turn continuous batching off."
         )
     check_batching_config(settings.transformers_continuous_batching_config or {})
 

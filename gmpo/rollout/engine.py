@@ -102,7 +102,7 @@ class Work(Protocol):
 class Engine(Protocol):
     """Makes completions.  Every rank has one and calls `generate` the same number of times.
 
-    The policy's weights belong to the trainer.  An engine that holds a copy fetches it in `publish`.
+    The policy's weights belong to the trainer; an engine that holds a copy fetches it in `publish`.
     """
 
     def publish(self, version: int) -> None:

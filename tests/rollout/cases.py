@@ -1,4 +1,4 @@
-"""Tiny models of several families, whose logits are spread enough for sampling to matter, and some requests."""
+"""Requests, and tiny models of several families with logits that sampling can tell apart."""
 
 from collections.abc import Callable
 

@@ -119,7 +119,7 @@ def test_one_server_by_two_names_is_refused():
         check_vllm_options(settings)
 
 
-# -- what a colocated engine is started with ---------------------------------------------------------------------------
+# -- what a colocated engine is started with -------------------------------------------------------
 
 
 def arguments(model=None, run=None, **options):
@@ -215,7 +215,7 @@ def test_an_engine_reports_what_the_trainer_scores(options, mode, token_sets):
     assert (made["logprobs_mode"], made["return_sampling_mask"]) == (mode, token_sets)
 
 
-# -- generation_kwargs and the distribution, before weights are loaded ---------------------------------------------------
+# -- generation_kwargs and the distribution, before weights are loaded -----------------------------
 
 
 def accepted(**options):

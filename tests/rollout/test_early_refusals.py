@@ -1,4 +1,4 @@
-"""Options of sampling and engines that can't act are refused by the config, before a model is there."""
+"""Options of sampling and engines that can't act are refused by the config, without a model."""
 
 import pytest
 

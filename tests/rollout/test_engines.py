@@ -55,7 +55,8 @@ def transformers_greedy(model, prompt: list[int], budget: int, **options) -> lis
 @both
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_transformers_greedy_token_for_token(make, name):
-    # Prompts of unlike lengths, shorter and longer than the window of 5 of the models that have one.
+    # Prompts of unlike lengths, shorter and longer than the window of 5 of the models that have
+    # one.
     model, asked = tiny(name), requests(4, 11, 1, 11, count=2)
     got = tokens(make(model).generate(asked, Sampling(14, temperature=0.0)))
     expected = [transformers_greedy(model, request.prompt.ids, 14) for request in asked]
@@ -147,7 +148,7 @@ def test_sampled_logps_are_of_what_transformers_processors_leave_and_say_what_th
 
 
 def step_scores(model, prompt, completions, **options):
-    """What transformers' generate makes of the logits before each token of given completions, [len(ids), V] each."""
+    """Yield what transformers' generate makes of the logits, [len(ids), V] for each completion."""
     config = GenerationConfig(
         max_new_tokens=6,
         eos_token_id=EOS,
@@ -263,7 +264,8 @@ def test_an_eos_as_the_last_token_of_the_budget_is_a_stop(make):
 @both
 @pytest.mark.parametrize("token", [EOS, 7, 11, 13])
 def test_every_eos_stops_whoever_named_it(make, token):
-    # 2 and 7 are the engine's (tokenizer and generation config), 11 and 13 come with generation_kwargs.
+    # 2 and 7 are the engine's (tokenizer and generation config), 11 and 13 come with
+    # generation_kwargs.
     extra = {**only(token), "eos_token_id": [11, 13]}
     (group,) = make(tiny(), eos=(EOS, 7)).generate(requests(4), Sampling(3, extra=extra))
     assert [(c.ids, c.finish_reason) for c in group] == [([token], "stop")] * 3
@@ -379,7 +381,7 @@ def test_a_static_cache_writes_the_same():
     assert tokens(static) == tokens(generate(model).generate(asked, Sampling(6)))
 
 
-# -- the choice -------------------------------------------------------------------------------------------------------
+# -- the choice ------------------------------------------------------------------------------------
 
 
 def built(model, **settings):

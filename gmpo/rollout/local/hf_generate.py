@@ -111,7 +111,7 @@ class GenerateEngine:
         """
         if self._ranks_keep_step():
             raise ValueError(
-                "Ranks that share the parameters while generating (ds3_gather_for_generation=False) "
+                "Ranks that share the parameters in generation (ds3_gather_for_generation=False) "
                 "can't serve requests as they come. Leave ds3_gather_for_generation at True."
             )
         serve_in_rounds(self, work, sampling, room=ROUND)

@@ -195,10 +195,9 @@ class Sampler:
         """Return transformers' processors for a prompt of this length, in their order."""
         if prompt_length not in self._processors:
             self.config.max_length = prompt_length + (self.config.max_new_tokens or 0)
+            make: Any = self.model._get_logits_processor
             self._processors[prompt_length] = list(
-                self.model._get_logits_processor(  # pyright: ignore[reportCallIssue] (a mixin that nn.Module hides)
-                    self.config, input_ids_seq_length=prompt_length, device=str(self.device)
-                )
+                make(self.config, input_ids_seq_length=prompt_length, device=str(self.device))
             )
         return self._processors[prompt_length]
 

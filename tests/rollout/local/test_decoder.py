@@ -1,4 +1,4 @@
-"""The order of work: prompts are read once, finished rows leave, waiting rows enter, memory is bounded."""
+"""The order of work: prompts are read once, rows leave and enter, memory is bounded."""
 
 import pytest
 import torch
@@ -86,7 +86,8 @@ def test_waiting_rows_enter_when_others_leave_and_never_more_than_fit(passes, ro
 
 
 def test_the_memory_for_keys_and_values_is_bounded(passes):
-    # A token takes 2 * 3 layers * 2 heads * 8 * 4 bytes = 384.  70 tokens hold a prompt and at most 3 rows of 20.
+    # A token takes 2 * 3 layers * 2 heads * 8 * 4 bytes = 384.  70 tokens hold a prompt and at most
+    # 3 rows of 20.
     model = tiny()
     seen = passes(model)
     shared(model, cache_bytes=70 * 384).generate(ASKED, SAMPLING)
@@ -114,7 +115,7 @@ def test_long_completions_outgrow_the_first_columns():
     assert min(len(ids) for group in one for ids in group) >= 90
 
 
-# -- a draft ----------------------------------------------------------------------------------------------------------
+# -- a draft ---------------------------------------------------------------------------------------
 
 
 def added(stop_criteria: StopCriteria, ids: list[int]):
@@ -149,7 +150,8 @@ def test_random_numbers_are_a_function_of_seed_and_sample():
     assert first(3, 1)[:5] != first(4, 1)[:5]
     assert first(-1, 0)[:5] != first(1, 0)[:5]
     assert all(0 <= number < 1 for number in first(3, 1))
-    # Neighbouring seeds and samples are independent: the mean of 600 x 20 numbers is 1/2 to 5 standard errors.
+    # Neighbouring seeds and samples are independent: the mean of 600 x 20 numbers is 1/2 to 5
+    # standard errors.
     table = torch.tensor(
         [first(seed, number) for seed in range(4) for number in range(5)], dtype=torch.float64
     )

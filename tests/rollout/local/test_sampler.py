@@ -19,7 +19,8 @@ from gmpo.token_sets import TokenSets
 from gmpo.types import Prompt
 from tests.rollout.cases import ENGINES, EOS, VOCABULARY, prompts, shared, tiny, tokens
 
-# 1e-4 quantile from above of the chi-square distribution, by Wilson and Hilferty's cube root approximation.
+# 1e-4 quantile from above of the chi-square distribution, by Wilson and Hilferty's cube root
+# approximation.
 CRITICAL = {
     df: df * (1 - 2 / (9 * df) + 3.719 * math.sqrt(2 / (9 * df))) ** 3
     for df in range(1, VOCABULARY)
@@ -27,7 +28,7 @@ CRITICAL = {
 
 
 def generates_distribution(model, prompt: list[int], **options) -> torch.Tensor:
-    """[V] probabilities of the first token, as transformers' generate hands them to its multinomial draw."""
+    """Return [V] probabilities of the first token, as transformers' generate draws from them."""
     config = GenerationConfig(
         max_new_tokens=1,
         do_sample=True,
@@ -83,7 +84,8 @@ def test_tokens_follow_generates_distribution(options):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
 def test_pairs_of_tokens_follow_generates_distribution(name):
-    # The second token comes out of the shared cache: its distribution is generate's, given the first one.
+    # The second token comes out of the shared cache: its distribution is generate's, given the
+    # first one.
     model, (prompt,), count = tiny(name), prompts(9), 3000
     first = generates_distribution(model, prompt.ids)
     likely = [token for token in first.argsort(descending=True).tolist() if token != EOS][:4]
@@ -118,7 +120,8 @@ def test_inversion_over_any_vocabulary_is_the_search_in_float64(size):
     expected = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[
         :, 0
     ]
-    # float32 sums of blocks round at 1e-7: a number that close to a token's edge may fall on either side.
+    # float32 sums of blocks round at 1e-7: a number that close to a token's edge may fall on either
+    # side.
     differs = invert(rows, numbers) != expected
     edge = (cumulative - (numbers * cumulative[:, -1])[:, None]).abs().min(-1).values
     assert (edge[differs] < 1e-6).all()
@@ -134,7 +137,8 @@ def test_inversion_never_takes_an_impossible_token():
 
 
 def test_rows_of_unlike_lengths_are_processed_as_if_alone():
-    # No padding reaches a processor: with a repetition penalty, a row's scores depend on its own tokens only.
+    # No padding reaches a processor: with a repetition penalty, a row's scores depend on its own
+    # tokens only.
     model, pair = tiny(), prompts(3, 9)
     config = sampling_config(Sampling(4, repetition_penalty=2.0), (EOS,))
     sampler = Sampler(model, config, device=torch.device("cpu"))
@@ -151,8 +155,8 @@ def test_rows_of_unlike_lengths_are_processed_as_if_alone():
 
 def test_settings_become_sampling():
     settings = RolloutSettings(
-        max_completion_length=7, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.2,
-        generation_kwargs={"typical_p": 0.5},
+        max_completion_length=7, temperature=0.5, top_p=0.9, top_k=3, min_p=0.1,
+        repetition_penalty=1.2, generation_kwargs={"typical_p": 0.5},
     )  # fmt: skip
     assert sampling_from(settings) == Sampling(7, 0.5, 0.9, 3, 0.1, 1.2, {"typical_p": 0.5})
     assert sampling_from(settings, greedy=True).temperature == 0.0
@@ -177,7 +181,7 @@ def test_the_penalty_of_rows_that_come_and_go_is_transformers(penalty):
             rows[number].ids.append(int(torch.randint(VOCABULARY, (1,), generator=generator)))
 
 
-# -- cuts ---------------------------------------------------------------------------------------------------------------
+# -- cuts ------------------------------------------------------------------------------------------
 
 CUTS = [
     Cuts(top_k=7),
@@ -254,7 +258,7 @@ def test_lists_of_what_is_left_name_the_members_or_the_others(cuts):
         assert len(found[0]) <= 32
 
 
-# -- logits that leave nothing to draw -----------------------------------------------------------------------------------
+# -- logits that leave nothing to draw -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.keys())

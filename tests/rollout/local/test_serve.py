@@ -17,7 +17,7 @@ SAMPLING = Sampling(20, temperature=1.3)
 
 
 class Turns:
-    """Conversations: each reply of the model is answered with some tokens, until the turns are over.
+    """Conversations, in which each reply of the model is answered until the turns are over.
 
     Args:
         late: How often the engine has to ask until an answer is ready.

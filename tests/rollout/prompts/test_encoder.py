@@ -28,7 +28,7 @@ def user(text: str) -> dict[str, str]:
 
 
 def bos_tokenizer() -> PreTrainedTokenizerFast:
-    """Puts <s> before every text and </s> after it, as some tokenizers that were made for training do."""
+    """Return a tokenizer that puts <s> before every text and </s> after it, as some do."""
     words = ["<s>", "</s>", "<unk>", "a", "b"]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
@@ -42,7 +42,7 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-# -- tokens -----------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 def test_a_text_is_its_tokens():
@@ -146,7 +146,7 @@ def test_a_call_of_tools_may_have_no_content():
     assert prompt.ids == ids("<user> a <assistant> <user> b <assistant>")
 
 
-# -- text that the prompt leaves open ---------------------------------------------------------------------------------
+# -- text that the prompt leaves open --------------------------------------------------------------
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -190,7 +190,7 @@ def test_a_text_opens_the_tag_that_it_ends_in(text, opened):
     assert prompt.opened == opened
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_the_form_is_decided_once_for_the_dataset():
         one.encode([{"prompt": [user("a")]}])
 
 
-# -- checking before the weights are loaded ---------------------------------------------------------------------------
+# -- checking before the weights are loaded --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_dataset_with_a_transform_is_not_read_through():
     assert not seen
 
 
-# -- special tokens and the way back ----------------------------------------------------------------------------------
+# -- special tokens and the way back ---------------------------------------------------------------
 
 
 def test_completions_come_back_in_the_form_of_their_prompt_without_special_tokens():
