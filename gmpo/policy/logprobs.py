@@ -393,7 +393,8 @@ def _capacity(head: Head, hidden: Tensor, want_entropy_grad: bool) -> int:
         return -1
     if not head.linear.weight.requires_grad and not want_entropy_grad:
         return -1
-    itemsize = computing_dtype(hidden, head.linear).itemsize
+    # Logits have at least 32 bits, as in ChunkedHead.
+    itemsize = max(4, computing_dtype(hidden, head.linear).itemsize)
     return tile_rows(head.vocabulary, itemsize, hidden.device)
 
 

@@ -1,8 +1,9 @@
 """Log-probs and entropies out of hidden states: the vocabulary head, a tile of rows at a time.
 
-[N, V] logits never exist for more than one tile.  A tile's logits stay in the dtype in which the
-head computes them.  Everything made of them is made in float32 (float64 for float64), a few rows at
-a time, so that passes stay in the cache.
+[N, V] logits never exist for more than one tile.  They are in float32 (float64 for float64), also
+where hidden states and weights have 16 bits: rounded to bfloat16, logits of 16 and more are off by up
+to 0.06, which is most of the noise of a log-prob.  They are treated a few rows at a time, so that
+passes stay in the cache.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmpo.policy.head.lm_head import PLAIN, Head, Transform, computing_dtype
 from gmpo.policy.head.logits_shaping import Shaping
-from gmpo.policy.head.onednn import add_product, product, product_into
+from gmpo.policy.head.onednn import add_product, product, product_into, wide_product_into
 
 TILE_BYTES = 256 * 2**20  # of the logits of one tile on a CPU
 TILE_SHARE = 0.03  # of the memory of an accelerator
@@ -143,15 +144,16 @@ class ChunkedHead:
         self.weight = weight.to(dtype)  # [V, H]
         self.bias = None if bias is None else bias.to(self.wide)  # [V]
         self.transform = transform
-        self.rows = tile_rows(len(weight), dtype.itemsize, weight.device)
-        self._buffer = self.weight.new_empty((0, len(weight)))
+        self.rows = tile_rows(len(weight), self.wide.itemsize, weight.device)
+        self._buffer = self.weight.new_empty((0, len(weight)), dtype=self.wide)
 
     def evaluate(self, hidden: Tensor, targets: Tensor, shaping: Shaping | None = None) -> "Tile":
         """Return the log-probs and entropies of r hidden states [r, H] with targets [r]."""
         if len(self._buffer) < len(hidden):
-            self._buffer = self.weight.new_empty((len(hidden), len(self.weight)))
+            self._buffer = self._buffer.new_empty((len(hidden), len(self.weight)))
         hidden = hidden.to(self.weight.dtype)
-        outputs = product_into(self._buffer[: len(hidden)], hidden, self.weight)
+        multiply = wide_product_into if self.narrow else product_into
+        outputs = multiply(self._buffer[: len(hidden)], hidden, self.weight)
         return Tile(self, hidden, outputs, targets, shaping)
 
 
@@ -239,15 +241,16 @@ class Tile:
         size = scale.norm()
         hidden = (self.hidden * (scale / size)[:, None]).to(self.hidden.dtype)
         wide, weight = self.head.wide, self.head.weight
+        outputs = self.outputs.to(weight.dtype)
 
         trained = into_weight is not None or into_bias is not None
         for start in range(0, len(weight) if trained else 0, SOME_VOCABULARY):
             columns = slice(start, start + SOME_VOCABULARY)
             if into_bias is not None:
-                into_bias[columns] += scale @ self.outputs[:, columns].to(wide)
+                into_bias[columns] += scale @ outputs[:, columns].to(wide)
             if into_weight is not None:
-                into_weight[columns] += (self.outputs[:, columns].T @ hidden).to(wide) * size
-        return (self.outputs @ weight).to(wide) * scale[:, None]
+                into_weight[columns] += (outputs[:, columns].T @ hidden).to(wide) * size
+        return (outputs @ weight).to(wide) * scale[:, None]
 
     def _evaluate(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-normalizer, entropy and log-prob of the target, [n, 1] each."""

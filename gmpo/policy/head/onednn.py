@@ -1,4 +1,4 @@
-"""Float32 products on a CPU through oneDNN, where it is faster than the BLAS that torch calls.
+"""Float32 products: on a CPU through oneDNN, where it is faster than the BLAS that torch calls.
 
 torch calls MKL, which keeps AVX-512 to Intel's processors.  oneDNN, which torch has too and uses
 for bfloat16, is twice as fast on others: for the sizes of a training step and for the few rows of a
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**16  # elements of a matrix below which a call costs more than it saves
 BLOCK_BYTES = 2 * 2**20  # of an intermediate result
+WIDE_ROWS = 8192  # of a 16-bit matrix that are in float32 at a time
 
 
 class OneDnnLinear(nn.Linear):
@@ -85,6 +86,26 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return torch.mm(left, right.T, out=out)
     for columns in _blocks(len(right), len(left)):
         out[:, columns] = _linear(left, right[columns], None)
+    return out
+
+
+def wide_product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Compute left @ right.T of 16-bit matrices [n, k] and [m, k] in float32, and return it, [n, m].
+
+    Args:
+        out: [n, m] float32, contiguous; used where the device has no such product.
+    """
+    if left.device.type == "cuda":
+        # torch before 2.8 and AMD's GPUs have no such product.
+        if "dtype" not in torch.ops.aten.mm.overloads() or torch.version.hip is not None:
+            return out.copy_(left @ right.T)
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+
+    # CPUs round the result of a 16-bit product: some rows of `right` at a time are made float32.
+    wide = left.float()
+    for start in range(0, len(right), WIDE_ROWS):
+        columns = slice(start, start + WIDE_ROWS)
+        out[:, columns] = product(wide, right[columns].float().T)
     return out
 
 
