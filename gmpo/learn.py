@@ -190,11 +190,15 @@ class Learner:
         self._step_entropy = (torch.zeros(()), torch.zeros(()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the size of the chunks, which a lack of memory may have lowered."""
-        return {"max_tokens_per_chunk": self.memory.max_tokens}
+        """Return the number of skipped steps, and the size that a lack of memory left to chunks."""
+        return {
+            "max_tokens_per_chunk": self.memory.max_tokens,
+            "num_skipped": self.nonfinite_steps.num_skipped,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the chunks of `state`, unless the options ask for smaller ones."""
+        self.nonfinite_steps.num_skipped = state["num_skipped"]
         known = [self.args.max_tokens_per_chunk, state["max_tokens_per_chunk"]]
         self.memory.max_tokens = min((size for size in known if size is not None), default=None)
 

@@ -160,7 +160,7 @@ class RunFolder:
                 "folder, or True for the newest whole one in output_dir."
             )
         try:
-            return str(checkpoint), check_whole(checkpoint)
+            return str(checkpoint), check_whole(Path(checkpoint))
         except DamagedCheckpoint as error:
             other = RunFolder(Path(checkpoint).absolute().parent).last_word()
             if other:

@@ -1,7 +1,7 @@
 """The stages of a run, built in the order of a step, and what moves between steps."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -84,7 +84,7 @@ class Stages:
             args,
             policy,
             encoder,
-            autocast=accelerator.autocast,
+            autocast=lambda: accelerator.autocast(),
             seed=args.seed,
             trust_remote_code=args.trust_remote_code,
             float32_head=args.cast_lm_head_to_fp32,
@@ -137,7 +137,8 @@ class Stages:
             metrics=self.metrics,
             stopwatch=self.stopwatch,
             nonfinite_steps=NonFiniteSteps(
-                skip=args.nonfinite_steps == "skip", decode=encoder.tokenizer.decode
+                skip=args.nonfinite_steps == "skip",
+                decode=cast(Callable[[list[int]], str], encoder.tokenizer.decode),
             ),
             backward=backward,
         )

@@ -126,7 +126,7 @@ class GRPOTrainer(ResumableTrainer):
             check_path(model)
 
         tokenizer = tokenizer_of(processing_class, model, args)
-        self.encoder = PromptEncoder.build(tokenizer, model, args)
+        self.encoder = PromptEncoder.build(tokenizer, cast(PreTrainedModel, model), args)
         check_tokens(self.encoder)
         train_dataset, eval_dataset = usable_prompts(train_dataset, eval_dataset, self.encoder)
         self.collection_size = check_datasets(train_dataset, args)

@@ -5,11 +5,12 @@ A report that can't be written is a warning, never the end of a run.
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from gmpo.distributed import all_gather_objects, rank
@@ -77,7 +78,7 @@ class CompletionLog:
         output_dir: str,
         *,
         trackers: Sequence[str] = (),
-        callbacks: Callable[[], Sequence[Any]] = list,
+        callbacks: Callable[[], Sequence[TrainerCallback]] = list,
         seed: int = 0,
     ):
         self.settings, self.trackers, self.callbacks = settings, trackers, callbacks
@@ -150,7 +151,7 @@ class CompletionLog:
         version, numbers, rest = state["draw"]
         self._draw.setstate((version, tuple(numbers), rest))
 
-    def _hub_lock(self) -> Any:
+    def _hub_lock(self) -> AbstractContextManager[Any]:
         """Return a lock to hold while a file is written, so that the hub never gets half of one."""
         repo = self.settings.log_completions_hub_repo
         if repo is not None and self._uploads is None:

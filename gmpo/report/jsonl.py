@@ -57,7 +57,7 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: Any) -> str | int | float | bool | None:
     """Return `value` as JSON can hold it.
 
     Numbers that are not finite become None, tensors of one number a number.

@@ -7,7 +7,7 @@ rank that saw them, and `Metrics.reduce` puts the ranks together once per log.
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -142,7 +142,7 @@ def plain(statistics: Statistics) -> dict[str, dict[str, Any]]:
     }
 
 
-def sorted_union(*names: Any) -> list[str]:
+def sorted_union(*names: Iterable[str]) -> list[str]:
     return sorted(set().union(*names))
 
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gmpo.report.jsonl import read_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, LINE, EVAL, FAINT = "#222222", "#2a6f97", "#c8553d", "#dddddd"
 
@@ -47,7 +50,7 @@ def series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], lis
     return [step for step, _ in points], [value for _, value in points]
 
 
-def curve(axes: Any, records: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
+def curve(axes: "Axes", records: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
     steps, values = series(records, name)
     if steps:
         marker = "o" if len(steps) == 1 else None
@@ -58,7 +61,7 @@ def curve(axes: Any, records: Sequence[dict[str, Any]], name: str, **style: Any)
         )
 
 
-def draw_reward(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+def draw_reward(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("reward (mean of completions)")
     both = [r for r in records if r.get("reward") is not None and r.get("reward_std") is not None]
     steps = [r["step"] for r in both]
@@ -70,19 +73,19 @@ def draw_reward(axes: Any, records: Sequence[dict[str, Any]]) -> None:
         axes.legend(loc="lower right")
 
 
-def draw_length(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+def draw_length(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("completion length (tokens)")
     curve(axes, records, "completions/mean_length")
     axes.set_ylim(bottom=0)
 
 
-def draw_entropy(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+def draw_entropy(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("entropy (nats per token)")
     curve(axes, records, "entropy")
     axes.set_ylim(bottom=0)
 
 
-def draw_log_ratio(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+def draw_log_ratio(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("log-ratio of tokens (min .. max, nats)")
     both = [
         r
@@ -95,7 +98,7 @@ def draw_log_ratio(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     axes.axhline(0, color=INK, linewidth=0.6)
 
 
-def draw_clip_shares(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+def draw_clip_shares(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("share of tokens clipped")
     curve(axes, records, "clip_ratio/high_mean", label="high (positive advantage)")
     curve(axes, records, "clip_ratio/low_mean", color=EVAL, label="low (negative advantage)")
@@ -105,7 +108,7 @@ def draw_clip_shares(axes: Any, records: Sequence[dict[str, Any]]) -> None:
         axes.legend(loc="upper left")
 
 
-def draw_grad_norm(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+def draw_grad_norm(axes: "Axes", records: Sequence[dict[str, Any]]) -> None:
     axes.set_title("gradient norm (before clipping)")
     curve(axes, records, "grad_norm")
     axes.set_ylim(bottom=0)
@@ -114,7 +117,7 @@ def draw_grad_norm(axes: Any, records: Sequence[dict[str, Any]]) -> None:
 PANELS = (draw_reward, draw_length, draw_entropy, draw_log_ratio, draw_clip_shares, draw_grad_norm)
 
 
-def dress(axes: Any) -> None:
+def dress(axes: "Axes") -> None:
     """Give a panel the quiet look of all."""
     axes.title.set(fontsize=10, color=INK, ha="left", position=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
@@ -122,7 +125,7 @@ def dress(axes: Any) -> None:
     axes.tick_params(labelsize=8, colors=INK, color=FAINT)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    if axes.get_legend() is not None:
-        axes.get_legend().set_frame_on(False)
-        for text in axes.get_legend().get_texts():
+    if (legend := axes.get_legend()) is not None:
+        legend.set_frame_on(False)
+        for text in legend.get_texts():
             text.set(fontsize=8, color=INK)

@@ -3,9 +3,13 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 LINES_PER_HEADER = 25
 
@@ -57,20 +61,30 @@ class ProgressLines(TrainerCallback):
     """
 
     def __init__(
-        self, *, bar: bool = True, console: Any = None, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        bar: bool = True,
+        console: "Console | None" = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         from rich.console import Console
 
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.clock = clock
         self._shows_bar = bar and self.console.is_terminal
-        self._bar: Any = None
+        self._bar: Progress | None = None
         self._columns = fitting(self.console.width) if self.console.is_terminal else COLUMNS
         self._lines = 0
         self._start = (0, 0.0)  # step and time at the start of this run
         self._last_tokens: tuple[float, float] | None = None  # tokens and time at the last log
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         self._start = (state.global_step, self.clock())
         self._last_tokens = None
         if state.is_world_process_zero and self._shows_bar:
@@ -78,15 +92,21 @@ class ProgressLines(TrainerCallback):
             self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
             self._bar.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
     def on_log(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -101,7 +121,13 @@ class ProgressLines(TrainerCallback):
                 prefix, {name.removeprefix(f"{prefix}_"): value for name, value in logs.items()}, ""
             )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -137,7 +163,7 @@ class ProgressLines(TrainerCallback):
             tokens, moment = self._last_tokens
             self._last_tokens = (tokens, moment + seconds)
 
-    def _left(self, state: Any) -> str:
+    def _left(self, state: TrainerState) -> str:
         done = state.global_step - self._start[0]
         if done <= 0:
             return ""
@@ -156,7 +182,7 @@ def fitting(width: int) -> tuple[Column, ...]:
     return tuple(columns)
 
 
-def progress_bar(console: Any) -> Any:
+def progress_bar(console: "Console") -> "Progress":
     from rich import progress
 
     return progress.Progress(

@@ -3,13 +3,18 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Rows = Sequence[dict[str, Any]]
 SHORT_COLUMNS = ("step", "mode")  # in the title of a printed table
 
 
-def print_table(rows: Rows, *, title: str, console: Any = None) -> None:
+def print_table(rows: Rows, *, title: str, console: "Console | None" = None) -> None:
     """Print `rows` for people: messages as a dialogue, numbers with two decimals."""
     from rich.console import Console
     from rich.table import Table
@@ -59,7 +64,7 @@ def message_text(message: dict[str, Any]) -> str:
     return f"{message['role']}: {content}{calls}"
 
 
-def to_wandb(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) -> None:
+def to_wandb(rows: Rows, step: int, label: str, callbacks: Sequence[TrainerCallback]) -> None:
     import wandb  # pyright: ignore[reportMissingImports]
 
     if wandb.run is not None:
@@ -70,28 +75,25 @@ def to_wandb(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) -> Non
         wandb.log({table_name(label): table, "train/global_step": step})
 
 
-def to_trackio(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) -> None:
+def to_trackio(rows: Rows, step: int, label: str, callbacks: Sequence[TrainerCallback]) -> None:
     import pandas
     import trackio
 
     trackio.log({table_name(label): trackio.Table(dataframe=pandas.DataFrame(list(rows)))})
 
 
-def to_tensorboard(rows: Rows, step: int, label: str, callbacks: Sequence[Any]) -> None:
-    writers = [
-        callback.tb_writer
-        for callback in callbacks
-        if getattr(callback, "tb_writer", None) is not None
-    ]
-    for writer in writers:
-        writer.add_text(table_name(label), markdown(rows), step)
+def to_tensorboard(rows: Rows, step: int, label: str, callbacks: Sequence[TrainerCallback]) -> None:
+    for callback in callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if writer is not None:
+            writer.add_text(table_name(label), markdown(rows), step)
 
 
-def set_tensorboard_folder(callbacks: Sequence[Any], folder: str | None) -> None:
+def set_tensorboard_folder(callbacks: Sequence[TrainerCallback], folder: str | None) -> None:
     """Set the folder that tensorboard's callback writes to; None leaves it to the callback."""
     for callback in callbacks:
         if folder is not None and type(callback).__name__ == "TensorBoardCallback":
-            callback.logging_dir = os.path.expanduser(folder)
+            callback.__dict__["logging_dir"] = os.path.expanduser(folder)
 
 
 def markdown(rows: Rows) -> str:
@@ -109,7 +111,7 @@ def table_name(label: str) -> str:
     return "completions" if label == "train" else f"{label}_completions"
 
 
-TRACKERS: dict[str, Callable[[Rows, int, str, Sequence[Any]], None]] = {
+TRACKERS: dict[str, Callable[[Rows, int, str, Sequence[TrainerCallback]], None]] = {
     "wandb": to_wandb,
     "trackio": to_trackio,
     "tensorboard": to_tensorboard,

@@ -146,7 +146,10 @@ def test_resuming_where_there_is_nothing_says_so(make_trainer):
 def test_without_args_the_folder_is_named_after_model_and_method(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = GMPOTrainer(
-        tiny_model(), share_of_a, train_dataset=PROMPTS, processing_class=tiny_tokenizer()
+        tiny_model(max_position_embeddings=512),
+        share_of_a,
+        train_dataset=PROMPTS,
+        processing_class=tiny_tokenizer(),
     )
     assert isinstance(trainer.args, GMPOConfig)
     assert trainer.args.output_dir == str(tmp_path / "model-GMPO")

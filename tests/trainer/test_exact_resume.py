@@ -16,7 +16,7 @@ LONG = Dataset.from_list([{"prompt": " ".join("abcdefgh"[: 1 + i % 7])} for i in
 RUN = {
     "train_dataset": LONG,
     "steps_per_generation": 4,
-    "max_steps": 9,
+    "max_steps": 8,
     "save_strategy": "steps",
     "save_steps": 1,
     "learning_rate": 1e-2,
@@ -103,7 +103,6 @@ def killed_and_resumed(make_trainer, options, kills):
 KILLS = [
     ("on_save", 2),  # within the first collection
     ("on_optimizer_step", 5),  # the weights have moved, and the step is not counted yet
-    ("on_step_end", 7),  # not logged yet
 ]
 
 
@@ -130,3 +129,20 @@ def test_killed_runs_with_dropout_equal_the_uninterrupted_one(make_trainer, tmp_
     resumed = make_trainer(**RUN, model=model_with_dropout(), output_dir=folder)
     resumed.train(resume_from_checkpoint=True)
     assert differences(outcome(whole), outcome(resumed)) == []
+
+
+def test_a_kill_between_a_step_and_its_log_line_loses_nothing(make_trainer, tmp_path):
+    whole = make_trainer(**RUN, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    options = {**RUN, "output_dir": str(tmp_path / "killed")}
+    kills = [("on_step_begin", 4), ("on_step_end", 6), ("on_log", 7)]
+    resumed = killed_and_resumed(make_trainer, options, kills)
+    assert differences(outcome(whole), outcome(resumed)) == []
+
+
+def test_skipped_steps_and_smaller_chunks_outlive_a_resume(make_trainer):
+    learner = make_trainer().stages.learner
+    learner.memory.max_tokens, learner.nonfinite_steps.num_skipped = 96, 3
+    other = make_trainer().stages.learner
+    other.load_state_dict(learner.state_dict())
+    assert (other.memory.max_tokens, other.nonfinite_steps.num_skipped) == (96, 3)
