@@ -24,7 +24,7 @@ HALVINGS = 10  # of the search for the edge of a nucleus
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """How the distribution is cut."""
+    """The cuts that a distribution is given."""
 
     top_k: int = 0  # 0 keeps all tokens
     top_p: float = 1.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -83,14 +84,11 @@ class ContinuousEngine:
             )
         policy = self.policy()
         config = generation_config(sampling, self.eos, self.pad)
-        prompts = [request.context for request in requests for _ in range(request.count)]
-        budgets = [
-            request.max_new_tokens or config.max_new_tokens or 1
-            for request in requests
-            for _ in range(request.count)
-        ]
-        starts = [each.first + len(each.so_far) for each in requests]
-        seed = hash(tuple(zip((each.seed for each in requests), starts, strict=True))) % 2**31
+        samples = [request for request in requests for _ in range(request.count)]
+        prompts = [request.context for request in samples]
+        budgets = [request.max_new_tokens or config.max_new_tokens or 1 for request in samples]
+        starts = [(each.seed, each.first + len(each.so_far)) for each in requests]
+        seed = hash(tuple(starts)) % 2**31
         model = without_adapter(policy)
 
         with (
@@ -103,12 +101,10 @@ class ContinuousEngine:
             torch.manual_seed(seed)
             options = self._sized(model, prompts, max(budgets))
             batching = ContinuousBatchingConfig(**options, return_logprobs=True, seed=seed)
-            outputs = iter(run_to_end(model, prompts, budgets, config, batching))
+            outputs = run_to_end(model, prompts, budgets, config, batching)
 
-        return [
-            [self._completion(next(outputs), config) for _ in range(request.count)]
-            for request in requests
-        ]
+        completions = iter([self._completion(output, config) for output in outputs])
+        return [list(islice(completions, request.count)) for request in requests]
 
     def serve(self, work: Work, sampling: Sampling) -> None:
         """Serve until there is no more work, in rounds: what is ready is written together."""
@@ -214,10 +210,12 @@ def run_to_end(
         while len(results) < len(names):
             output = manager.get_result(timeout=1)
             if output is None and not manager.is_running():
+                status = getattr(manager, "background_thread_status", None)
+                cause = getattr(status, "fatal_error", None)
                 raise RuntimeError(
-                    f"Continuous batching stopped with {len(results)} of {len(names)} completions. "
-                    "The log of transformers has the reason."
-                )
+                    f"Continuous batching stopped with {len(results)} of {len(names)} completions: "
+                    f"{cause or 'see the log of transformers for the reason'}."
+                ) from cause
             if output is not None and output.is_finished():
                 if output.error is not None:
                     raise RuntimeError(f"Continuous batching failed: {output.error}")

@@ -1,4 +1,4 @@
-"""How much memory keys and values take, and how much there is for them."""
+"""The memory that keys and values take, and the memory that there is for them."""
 
 import torch
 from transformers import PreTrainedModel

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from gmpo.rollout.prompts.messages import is_messages, unsupported_reason, without_nulls
 
 Row = Mapping[str, Any]
@@ -19,7 +21,7 @@ class PromptForm:
         tokenizer: With a chat template, if there are messages.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.conversational: bool | None = None
 

@@ -1,8 +1,8 @@
 """Dataset rows to prompts, and completion tokens back to text or messages."""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,6 +13,8 @@ from gmpo.rollout.prompts.model_facts import configs, context_length, ending_tok
 from gmpo.rollout.sampling import completion_budget
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.types import Messages, Prompt
+
+Rendered = TypeVar("Rendered")
 
 SPECIAL_TOKENS = 16  # that a tokenizer adds to a text, at most
 
@@ -201,7 +203,9 @@ class PromptEncoder:
             return opened_by_text(row["prompt"], self.tokenizer)
         return self._rendered(self.template.opened, row, number)
 
-    def _rendered(self, render: Any, row: Row, number: int) -> Any:
+    def _rendered(
+        self, render: Callable[[Messages, Row], Rendered], row: Row, number: int
+    ) -> Rendered:
         """Call `render` with the messages of a row; an error of the template names the row."""
         messages = without_nulls(row["prompt"])
         keywords = without_nulls(row.get("chat_template_kwargs") or {})

@@ -1,4 +1,4 @@
-"""Messages as a dataset stores them: what Arrow adds to them, and what they may hold."""
+"""Messages as a dataset stores them: nulls that Arrow adds, and contents that they may have."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar

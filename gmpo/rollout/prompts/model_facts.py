@@ -1,4 +1,4 @@
-"""What a model's configuration says: its context, and the tokens that end and pad."""
+"""Facts from a model's configuration: its context, and the tokens that end and pad."""
 
 from collections.abc import Mapping
 from typing import Any

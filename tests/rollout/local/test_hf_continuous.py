@@ -104,3 +104,11 @@ def test_virtual_prompt_tokens_are_refused():
     model = get_peft_model(tiny(), config)
     assert "virtual prompt tokens" in engine(model).unsupported_reason(Sampling(4))
     assert engine(tiny()).unsupported_reason(Sampling(4)) is None
+
+
+def test_an_error_in_the_managers_thread_is_the_cause_of_ours():
+    model = tiny()
+    model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="ontinuous batching") as error:
+        engine(model, num_blocks=8).generate(requests(3, count=1), Sampling(max_new_tokens=3))
+    assert "division by zero" in str(error.value)
