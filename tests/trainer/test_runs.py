@@ -442,3 +442,10 @@ def test_a_process_killed_while_it_collects_resumes_to_the_bit(tmp_path):
         assert ended.returncode == 0, ended.stderr
     found = [tmp_path / name / "out" / "checkpoint-8" for name in ("killed", "whole")]
     assert same(*map(weights_at, found))
+
+
+def test_a_run_in_the_folder_of_its_own_model_is_refused(make_trainer, tmp_path):
+    (tmp_path / "model").mkdir()
+    folder = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="overwrite or move aside"):
+        make_trainer(model=folder, output_dir=folder)
