@@ -159,12 +159,14 @@ def _refuse_unused_workers(rewards: Sequence[Any], settings: RewardSettings) -> 
     if not settings.reward_workers:
         return
     for reward in rewards:
-        function = (
-            find_reward(os.fspath(reward)) if isinstance(reward, str | os.PathLike) else reward
-        )
-        is_function = callable(function) and not isinstance(function, nn.Module | RewardSource)
-        here = is_async(function) or getattr(function, "in_process", False)
-        if is_function and (not here or getattr(function, "uses_pool", False)):
+        function: Any = reward
+        if isinstance(reward, str | os.PathLike):
+            function = find_reward(os.fspath(reward))
+        if not callable(function) or isinstance(function, nn.Module | RewardSource):
+            continue
+
+        stays_here = is_async(function) or getattr(function, "in_process", False)
+        if not stays_here or getattr(function, "uses_pool", False):
             return
     raise ValueError(
         f"reward_workers={settings.reward_workers} has no effect: none of the rewards is a sync "
