@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for_users = isinstance(error, USER_ERRORS) or getattr(error, "tells_what_to_do", False)
         if options.debug or not for_users or needs_traceback(error):
             raise
-        lines = [f"gmpo {command}: {error}", *notes_of(error)]
+        lines = [f"gmpo {command}: {in_our_words(str(error))}", *notes_of(error)]
         return complain(
             "\n".join([*lines, f"(gmpo --debug {command} ... shows where this comes from)"])
         )
@@ -112,8 +112,18 @@ def refuse_unknown_flags(arguments: Sequence[str]) -> None:
 
 def notes_of(error: BaseException) -> list[str]:
     """Return the notes of an error in the words of the command line."""
-    python = re.compile(r"(?:trainer\.)?train\(resume_from_checkpoint=True\)")
-    return [python.sub("--resume latest", note) for note in getattr(error, "__notes__", ())]
+    return [in_our_words(note) for note in getattr(error, "__notes__", ())]
+
+
+def in_our_words(text: str) -> str:
+    """Return `text` with flags in the place of what Python users write.
+
+    Example:
+        "train(resume_from_checkpoint=True) goes on" -> "--resume latest goes on"
+    """
+    text = re.sub(r"(?:trainer\.)?train\((resume_from_checkpoint=True)\)", r"\1", text)
+    text = text.replace("resume_from_checkpoint=True", "--resume latest")
+    return text.replace("resume_from_checkpoint=", "--resume ")
 
 
 def complain(message: str, *, status: int = 2) -> int:
