@@ -78,7 +78,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         query, key, value, sinks, output, lse = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        d_query, d_key, d_value = map(torch.zeros_like, (query, key, value))
+        d_query = torch.empty_like(query)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
 
         for call in ctx.calls:
             of_query, of_key, of_value = attend_to_backward(
@@ -92,7 +93,9 @@ class _Attention(torch.autograd.Function):
                 causal=call.causal,
                 bias=_bias(call, query.dtype),
             )
-            call.queries.add(d_query, of_query)
+            # Calls over their own runs come first, and hold every token once.
+            write = call.queries.add if call.onto_prompt else call.queries.put
+            write(d_query, of_query)
             call.keys.add(d_key, of_key)
             call.keys.add(d_value, of_value)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmpo.attention import segments
@@ -25,6 +25,7 @@ def test_the_blocks_of_a_small_row():
     assert torch.equal(full, drawn("....\nx...\nxx..\nxx.."))
 
 
+@settings(deadline=None)
 @given(trees, reaches, st.integers(1, 5))
 def test_blocks_hold_what_is_seen_and_full_ones_nothing_else(trees, reach, size):
     with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmpo.attention import segments
@@ -96,6 +96,7 @@ trees = st.lists(
 reaches = st.builds(Reach, st.none() | st.integers(1, 9), st.none() | st.integers(1, 9))
 
 
+@settings(deadline=None)
 @given(trees, reaches, st.integers(1, 5))
 def test_any_row_meets_what_it_sees_once(trees, reach, queries):
     with pytest.MonkeyPatch.context() as patch:
@@ -103,6 +104,7 @@ def test_any_row_meets_what_it_sees_once(trees, reach, queries):
         assert torch.equal(met(trees, reach), visible(trees, reach).long())
 
 
+@settings(deadline=None)
 @given(trees, reaches)
 def test_every_token_asks_its_own_run_once_and_prompts_at_most_once(trees, reach):
     own, prompts = pieces(trees, reach)

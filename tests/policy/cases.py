@@ -32,6 +32,7 @@ MODELS = {
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-bias": ("Llama", {}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
+    "nemotron": ("Nemotron", {}),  # hands no keywords on to its attention
     "gpt2": (
         "GPT2",
         {

@@ -115,7 +115,7 @@ def test_scores_are_float32_for_a_bfloat16_model_and_close_to_it():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, "nemotron"])
 def test_gradients_survive_checkpointing(name, layout, reentrant):
     batch = make_batch()
     results = []

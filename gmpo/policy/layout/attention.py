@@ -1,12 +1,15 @@
 """Attention by segments inside of a model: one row of tokens, no mask.
 
-The segments of a forward pass travel as a keyword through the model to our attention function.  The
-model is switched to that function for its forward pass; layers that are computed again in the
-backward pass (gradient checkpointing) switch to it themselves, where they get the keyword.
+A model is switched to our attention function for its forward pass, which finds the segments in a
+context variable.  Layers that are computed again in the backward pass, when the block is over, come
+to it in two ways: transformers' gradient checkpointing enters the block again, and under other
+wrappers (FSDP's) the layers switch themselves, by a keyword that travels through the model.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -41,13 +44,27 @@ class SegmentInputs:
     softcaps: bool  # the model's own attention function bounds its scores
 
 
+_active: ContextVar[SegmentInputs | None] = ContextVar("active", default=None)
+
+
 @contextmanager
 def attention_by_segments(model: nn.Module, segments: Segments) -> Iterator[dict[str, Any]]:
     """Let `model` attend by `segments` in a call with the keywords that are yielded."""
     _prepare_layers(model)
     with switched(model, NAME) as names:
         # transformers' sdpa leaves soft caps out, and so do we, to compute what the model computes.
-        yield {NAME: SegmentInputs(segments, softcaps="sdpa" not in names)}
+        inputs = SegmentInputs(segments, softcaps="sdpa" not in names)
+        with _activated(inputs), _checkpointing_within(model, inputs):
+            yield {NAME: inputs}
+
+
+@contextmanager
+def _activated(inputs: SegmentInputs) -> Iterator[None]:
+    token = _active.set(inputs)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 def attention_dropout(model: nn.Module) -> float:
@@ -114,9 +131,12 @@ def segment_attention(
     Returns:
         [1, L, Hq, D], and None for the weights.
     """
-    inputs: SegmentInputs | None = keywords.get(NAME)
+    inputs: SegmentInputs | None = keywords.get(NAME) or _active.get()
     if inputs is None:
-        raise ValueError("the model does not hand keywords on to its attention")
+        raise ValueError(
+            "a layer that is computed again did not get its segments: the model does not hand "
+            "keywords on. Use transformers' gradient checkpointing, or batch_layout='padded'."
+        )
     if dropout:
         raise ValueError(
             f"attention drops weights at the rate {dropout:g}, which only batch_layout='padded' "
@@ -145,6 +165,38 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, segment_attention)
 
 
 # -- layers that are computed again --------------------------------------------------------------
+
+
+@contextmanager
+def _checkpointing_within(model: nn.Module, inputs: SegmentInputs) -> Iterator[None]:
+    """Let transformers' gradient checkpointing, within the block, compute layers again as in it."""
+    before: dict[Any, Callable[..., Any]] = {
+        module: vars(module)["_gradient_checkpointing_func"]
+        for module in model.modules()
+        if "_gradient_checkpointing_func" in vars(module)
+    }
+
+    def checkpoint(original: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+        return original(functools.partial(_run_again, model, inputs, layer), *args)
+
+    try:
+        for module, original in before.items():
+            module._gradient_checkpointing_func = functools.partial(checkpoint, original)
+        yield
+    finally:
+        for module, original in before.items():
+            module._gradient_checkpointing_func = original
+
+
+def _run_again(
+    model: nn.Module, inputs: SegmentInputs, layer: Callable[..., Any], *args: Any
+) -> Any:
+    """Call a layer, the first time or again."""
+    if _active.get() is inputs:
+        return layer(*args)
+    with switched(model, NAME), _activated(inputs):
+        return layer(*args)
+
 
 _prepared: WeakSet[nn.Module] = WeakSet()
 
