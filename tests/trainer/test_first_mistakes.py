@@ -86,8 +86,7 @@ def test_a_chat_template_that_refuses_a_prompt_is_named_with_it(make_trainer):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     rows = [{"prompt": [{"role": "user", "content": "a b"}]}] * 8
-    trainer = make_trainer(processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
     with pytest.raises(
-        ValueError, match=r"chat template refuses the prompt .*'a b'.*roles must alternate"
+        ValueError, match=r"template refuses the prompt of row 0.*'a b'.*roles must alternate"
     ):
-        trainer.train()
+        make_trainer(processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
