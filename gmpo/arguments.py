@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.config import GRPOConfig
 from gmpo.data.loaders import kept_columns
@@ -69,7 +69,7 @@ def refuse_later_arguments(**arguments: object) -> None:
             raise ValueError(f"The argument {name} is not available yet. Leave it out.")
 
 
-def checked_model(model: object) -> str | nn.Module:
+def checked_model(model: object) -> str | PreTrainedModel:
     """Return a model's name or path as text, or the model itself; raise a TypeError for others."""
     if isinstance(model, os.PathLike):
         return os.fspath(model)
@@ -77,7 +77,7 @@ def checked_model(model: object) -> str | nn.Module:
         raise TypeError(
             f"model={model!r} ({type(model).__name__}) is neither a name or path nor a model."
         )
-    return model
+    return cast("str | PreTrainedModel", model)  # or what a PeftModel or a test puts around one
 
 
 def checked_args(

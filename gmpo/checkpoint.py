@@ -133,7 +133,7 @@ def delete_checkpoint(folder: str | Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_manifest(folder: str | Path) -> State:
+def read_manifest(folder: str | os.PathLike[str]) -> State:
     """Return the manifest of a checkpoint, without looking at the other files.
 
     Raises:
@@ -155,7 +155,7 @@ def read_manifest(folder: str | Path) -> State:
     return manifest
 
 
-def check_whole(folder: str | Path) -> State:
+def check_whole(folder: str | os.PathLike[str]) -> State:
     """Return the manifest of a checkpoint whose files are all as they were written.
 
     Raises:

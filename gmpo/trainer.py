@@ -244,7 +244,7 @@ class GRPOTrainer(ResumableTrainer):
             )
         return batches, None
 
-    def training_step(
+    def training_step(  # pyright: ignore[reportIncompatibleMethodOverride] (a micro-batch is no dict)
         self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None
     ) -> Tensor:
         """Add the gradient of one micro-batch.
@@ -280,7 +280,7 @@ class GRPOTrainer(ResumableTrainer):
             return 0.0
         return norm
 
-    def compute_loss(
+    def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride] (a micro-batch is no dict)
         self,
         model: nn.Module,
         inputs: MicroBatch,
@@ -329,7 +329,7 @@ class GRPOTrainer(ResumableTrainer):
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    def prediction_step(
+    def prediction_step(  # pyright: ignore[reportIncompatibleMethodOverride] (rows are no dict)
         self,
         model: nn.Module,
         inputs: Rows,
@@ -414,7 +414,7 @@ class GRPOTrainer(ResumableTrainer):
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Do nothing: `_report` counts them, with or without `include_num_input_tokens_seen`."""
 
-    def create_model_card(
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride] (as other RL trainers do)
         self,
         model_name: str | None = None,
         dataset_name: str | list[str] | None = None,

@@ -322,7 +322,7 @@ def function_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def is_async(function: Callable[..., Any]) -> bool:
+def is_async(function: object) -> bool:
     """Return True if calling `function` gives an awaitable."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 (an async __call__ is what we look for)

@@ -100,7 +100,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride] (torch calls it by position)
         gradients, ctx.gradients = ctx.gradients, None
         scaled = []
         for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):

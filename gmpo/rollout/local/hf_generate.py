@@ -198,7 +198,7 @@ class Take(LogitsProcessor):
     def __init__(self, call: GenerateCall) -> None:
         self.call = call
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] (tensors of any kind)
         tokens = self.call.step(scores)
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
@@ -209,7 +209,7 @@ class AllFinished(StoppingCriteria):
     def __init__(self, call: GenerateCall) -> None:
         self.call = call
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] (tensors of any kind)
         finished = [row.finish_reason is not None for row in self.call.rows]
         return torch.tensor(finished, device=input_ids.device)
 
