@@ -43,11 +43,7 @@ hooks.py              methods that a subclass may override
 
 A run's life:
 
-resumable.py          a Trainer whose runs survive crashes and signals
-run_folder.py         whose folder it is, and which checkpoint a resume takes
-checkpoint.py         the files of a checkpoint, and the proof that it is whole
-resume_options.py     options that were changed before a resume
-signals.py            signals that ask a training to stop
+run/                  its folder and identity, its checkpoints, and what ends it
 """
 
 import importlib

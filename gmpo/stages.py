@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from gmpo import distributed
-from gmpo.checkpoint import Stateful
 from gmpo.collect import Collection, Collector
 from gmpo.config import GRPOConfig
 from gmpo.data.loaders import EpochListener
@@ -42,6 +41,7 @@ from gmpo.rollout.build import build_engine
 from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.rollout.sampling import sampling_from
 from gmpo.rollout.weights.version import PolicyVersion
+from gmpo.run.checkpoint import Stateful
 
 
 class Stages:

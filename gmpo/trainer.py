@@ -47,10 +47,10 @@ from gmpo.policy.reference import make_reference
 from gmpo.report.jsonl import JsonlCallback
 from gmpo.report.model_card import write_model_card
 from gmpo.report.tables import set_tensorboard_folder
-from gmpo.resumable import ResumableTrainer, WholeSteps
 from gmpo.reward.sources import build_sources
 from gmpo.rollout.prompts.encoder import PromptEncoder
-from gmpo.run_folder import refuse_folder_of_model
+from gmpo.run.folder import refuse_folder_of_model
+from gmpo.run.resumable import ResumableTrainer, WholeSteps
 from gmpo.sharding import keep_sums_in_float32
 from gmpo.stages import BetweenSteps, Stages
 from gmpo.types import Statistics

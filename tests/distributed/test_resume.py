@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gmpo import distributed
-from gmpo.checkpoint import check_whole
+from gmpo.run.checkpoint import check_whole
 from tests.distributed.runs import result_of, trainer, with_two_ranks
 from tests.trainer.runs import KillAt, Killed, differences, outcome
 

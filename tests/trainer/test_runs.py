@@ -13,8 +13,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from gmpo.checkpoint import check_whole
-from gmpo.signals import SignalWatch
+from gmpo.run.checkpoint import check_whole
+from gmpo.run.signals import SignalWatch
 from tests.trainer.conftest import PROMPTS, share_of_a
 from tests.trainer.runs import KillAt, Killed, differences, outcome, same
 
@@ -115,9 +115,9 @@ def test_a_full_disk_names_the_folder_and_keeps_the_former(make_trainer, monkeyp
             raise OSError(28, "No space left on device")
         return save(state, folder, name)
 
-    from gmpo.checkpoint import save_state as save
+    from gmpo.run.checkpoint import save_state as save
 
-    monkeypatch.setattr("gmpo.resumable.save_state", full)
+    monkeypatch.setattr("gmpo.run.resumable.save_state", full)
     with pytest.raises(OSError, match="No space left") as caught:
         run.train()
     assert "checkpoint-2" in caught.value.__notes__[-1]
@@ -393,7 +393,7 @@ def test_a_forked_child_ends_as_if_nobody_watched():
 
 
 def test_a_second_signal_leaves_at_once(make_trainer, monkeypatch):
-    monkeypatch.setattr("gmpo.signals.ECHO_SECONDS", -1.0)
+    monkeypatch.setattr("gmpo.run.signals.ECHO_SECONDS", -1.0)
     sends = [SendAt("on_step_begin", 3, signal.SIGTERM) for _ in range(2)]
     run = make_trainer(max_steps=6, callbacks=sends)
     with pytest.raises(SystemExit) as caught:

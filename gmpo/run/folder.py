@@ -21,7 +21,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from gmpo.checkpoint import (
+from gmpo.run.checkpoint import (
     DamagedCheckpoint,
     State,
     check_whole,

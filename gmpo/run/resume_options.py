@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gmpo.checkpoint import DamagedCheckpoint, State, digest_of, read_manifest
 from gmpo.config import GRPOConfig
 from gmpo.data.loaders import PROMPT_COLUMNS
+from gmpo.run.checkpoint import DamagedCheckpoint, State, digest_of, read_manifest
 from gmpo.sharding import WRAPPERS
 
 FIXED = {  # what the place in the data, or the optimizer's state, depends on

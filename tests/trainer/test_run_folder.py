@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from gmpo import checkpoint
-from gmpo.checkpoint import (
+from gmpo.run.checkpoint import (
     DamagedCheckpoint,
     check_whole,
     finish_checkpoint,
     move_into_place,
 )
-from gmpo.run_folder import RunFolder, refuse_folder_of_model
+from gmpo.run.folder import RunFolder, refuse_folder_of_model
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_killed_before_any_operation_of_a_save_one_is_whole(tmp_path, monkeypatc
 
 def test_a_folder_in_use_is_refused_to_another_process(folder):
     code = (
-        "import sys; from gmpo.run_folder import RunFolder\n"
+        "import sys; from gmpo.run.folder import RunFolder\n"
         "with RunFolder(sys.argv[1]).locked(): pass"
     )
     command = [sys.executable, "-c", code, str(folder.path)]
@@ -246,7 +246,7 @@ def test_the_folder_of_the_model_itself_is_refused(tmp_path, inside):
 
 
 def test_state_comes_back_as_it_was_saved(tmp_path):
-    from gmpo.checkpoint import load_state, save_state
+    from gmpo.run.checkpoint import load_state, save_state
 
     state = {"a": {"x": [1, None, 2.5, "t", [True]], "y": torch.arange(3), "z": torch.tensor(0.1)}}
     save_state(state, tmp_path, "state")

@@ -29,13 +29,13 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from gmpo import distributed
-from gmpo.checkpoint import State, finish_checkpoint, load_state, move_into_place, save_state
 from gmpo.config import GRPOConfig
 from gmpo.data.sampler import Rows
 from gmpo.distributed import raise_on_all_ranks
-from gmpo.resume_options import apply_to_optimizer, check_resumed, facts_of, hyperparameters
-from gmpo.run_folder import RunFolder
-from gmpo.signals import SignalWatch, StopRequest, say, stopped_by
+from gmpo.run.checkpoint import State, finish_checkpoint, load_state, move_into_place, save_state
+from gmpo.run.folder import RunFolder
+from gmpo.run.resume_options import apply_to_optimizer, check_resumed, facts_of, hyperparameters
+from gmpo.run.signals import SignalWatch, StopRequest, say, stopped_by
 from gmpo.stages import Stages
 
 SHARED = "gmpo_state"  # the same on all ranks; each rank has a file of its own beside it
