@@ -13,7 +13,7 @@ class ReportSettings:
         "output_dir/completions/*.parquet.",
     )
     num_completions_to_print: int | None = option(
-        None, "Completions in the console table, drawn at random; None prints all, 0 none."
+        None, "Completions in the console table, drawn at random; None prints all, 0 none.", low=0
     )
     log_unique_prompts: bool = option(
         False, "Show one completion per prompt in the tables of the trackers."
