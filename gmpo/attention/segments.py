@@ -15,6 +15,7 @@ from torch import Tensor
 Made = TypeVar("Made")
 
 QUERIES = 256  # of one piece, where a layer does not see everything
+CALL_TOKENS = 2048  # queries of one call, where pieces can be cut: bounds what a kernel makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,19 @@ def prompt_pieces(completions: Sequence[Run], reach: Reach) -> list[Piece]:
 
     if all(reach.first(run.position + run.length - 1) == 0 for run in completions):
         first, queries = completions[0], sum(run.length for run in completions)
-        return [Piece(first.place, queries, first.prompt, prompt, prompt, 0, "full")]
+        starts = range(0, queries, CALL_TOKENS)
+        return [
+            Piece(
+                query=first.place + start,
+                num_queries=min(CALL_TOKENS, queries - start),
+                key=first.prompt,
+                num_keys=prompt,
+                query_position=prompt,
+                key_position=0,
+                kind="full",
+            )
+            for start in starts
+        ]
 
     return [piece for run in completions for piece in _reaching_pieces(run, reach)]
 
@@ -308,6 +321,11 @@ def _stacked(
         key = (piece.kind, piece.num_queries, piece.num_keys, mask)
         alike.setdefault(key, []).append(piece)
 
+    groups = []
+    for group in alike.values():
+        size = max(1, CALL_TOKENS // group[0].num_queries)
+        groups += [group[start : start + size] for start in range(0, len(group), size)]
+
     return [
         Call(
             queries=Places.of([piece.query for piece in group], group[0].num_queries, device),
@@ -316,5 +334,5 @@ def _stacked(
             seen=seen(group[0], reach).to(device) if group[0].kind == "masked" else None,
             onto_prompt=onto_prompt,
         )
-        for group in alike.values()
+        for group in groups
     ]

@@ -89,6 +89,13 @@ def test_both_kernels_agree(how, monkeypatch):
     compare(ROWS["groups"], Reach(window=4), HOW[how], torch.float64, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reach", REACHES)
+def test_calls_of_few_tokens_give_the_same(reach, monkeypatch):
+    monkeypatch.setattr(segments, "CALL_TOKENS", 5)
+    for row in ROWS.values():
+        compare(row, REACHES[reach], {}, torch.float64, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_bfloat16_rounds_as_bfloat16_does(how):
     compare(ROWS["a group"], Reach(), HOW[how], torch.bfloat16, rtol=0.1, atol=0.1)

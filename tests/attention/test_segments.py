@@ -151,6 +151,14 @@ def test_pieces_of_one_shape_are_one_call():
     assert row.calls(Reach()) is calls
 
 
+def test_a_call_holds_few_queries(monkeypatch):
+    monkeypatch.setattr(segments, "CALL_TOKENS", 4)
+    row = Segments((Tree(2, (3, 3)),), CPU)
+    shapes = [(call.queries.count, call.queries.length) for call in row.calls(Reach())]
+    # the prompt of 2; completions of 3, one in each call; their 6 queries to the prompt as 4 and 2
+    assert shapes == [(1, 2), (1, 3), (1, 3), (1, 4), (1, 2)]
+
+
 @pytest.mark.parametrize(("starts", "is_span"), [([4, 7], True), ([4, 8], False), ([7, 4], False)])
 def test_places_take_put_and_add(starts, is_span):
     places = Places.of(starts, 3, CPU)
