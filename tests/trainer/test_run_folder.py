@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from gmpo import checkpoint
+from gmpo.run import checkpoint
 from gmpo.run.checkpoint import (
     DamagedCheckpoint,
     check_whole,
