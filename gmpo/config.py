@@ -13,13 +13,14 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from gmpo.data.settings import DataSettings, Resolved, given_size
-from gmpo.inherited_options import check_arguments, check_device, check_inherited
+from gmpo.inherited_options import check_device, check_inherited, check_useless_options
 from gmpo.objective.check import check_objective
 from gmpo.objective.settings import CORRECTION_MODES, ObjectiveSettings
 from gmpo.option import advice, check_options, option, parse_dicts
 from gmpo.policy.settings import PolicySettings
 from gmpo.report.settings import ReportSettings
-from gmpo.reward.settings import RewardSettings, check_rewards
+from gmpo.reward.check import check_rewards
+from gmpo.reward.settings import RewardSettings
 from gmpo.rollout.check import check_rollout
 from gmpo.rollout.settings import RolloutSettings
 
@@ -115,7 +116,7 @@ class GRPOConfig(
         check_objective(self, algorithm=self.algorithm)
         check_rewards(self)
         check_rollout(self)
-        check_arguments(self)
+        check_useless_options(self)
         self._check_combinations()
 
         # The Trainer's own checks; from here on the device and the ranks are known.

@@ -242,7 +242,7 @@ def check_needs_of_machine(config: TrainingArguments) -> None:
 # -- options that can't act --------------------------------------------------------------------
 
 
-def check_arguments(config: Any) -> None:
+def check_useless_options(config: Any) -> None:
     """Raise a ValueError for the first option that could not act.
 
     Args:

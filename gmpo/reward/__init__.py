@@ -17,4 +17,5 @@ pool.py           worker processes with limits of time and memory
 worker.py         runs in such a process
 reward_model.py   sequence classifiers as rewards
 settings.py       options of this stage
+check.py          rules between them
 """

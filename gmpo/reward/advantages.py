@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmpo.reward.settings import RewardSettings, check_rewards, check_weights
+from gmpo.reward.check import check_rewards, check_weights
+from gmpo.reward.settings import RewardSettings
 from gmpo.types import Statistics
 
 FLOOR = 1e-4  # added to every standard deviation that divides

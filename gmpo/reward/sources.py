@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from gmpo.reward.by_name import find_reward
+from gmpo.reward.check import check_weights
 from gmpo.reward.functions import (
     OWN_COLUMNS,
     FunctionReward,
@@ -16,7 +17,7 @@ from gmpo.reward.functions import (
 )
 from gmpo.reward.pool import Limits, shared_pool
 from gmpo.reward.reward_model import RewardModelSettings, load_model_reward, model_reward
-from gmpo.reward.settings import RewardSettings, check_weights
+from gmpo.reward.settings import RewardSettings
 from gmpo.reward.types import RewardSource
 
 _WALL_S = 60.0  # of a call in a worker process, unless reward_timeout says otherwise

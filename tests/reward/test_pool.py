@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from gmpo import GMPOConfig, GMPOTrainer
+from gmpo.reward.check import check_rewards
 from gmpo.reward.pool import MARK, Limits, WorkerPool, pack, shared_pool
 from gmpo.reward.score import score
-from gmpo.reward.settings import RewardSettings, check_rewards
+from gmpo.reward.settings import RewardSettings
 from gmpo.reward.sources import build_sources
 from tests.reward.cases import rollout
 from tests.reward.vicious import HARMED, VICIOUS, hangs_now_and_then, python_loop, vicious
