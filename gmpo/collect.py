@@ -115,7 +115,7 @@ class Collector:
     def _collect_once(self, rows: Rows, group_size: int, *, seed: int, version: int) -> Collection:
         rollouts = self._generate(rows, group_size, seed=seed, version=version)
         with self.stopwatch.timed("reward"), raise_on_all_ranks("score the completions"):
-            scored = score(self.sources, rollouts, rows.rows, trainer_state=self.trainer_state)
+            scored = score(self.sources, rollouts, rows.items, trainer_state=self.trainer_state)
         return self._with_advantages(rows, rollouts, scored, group_size)
 
     def _generate(self, rows: Rows, group_size: int, *, seed: int, version: int) -> list[Rollout]:
@@ -143,9 +143,9 @@ class Collector:
             rows [a, a, b, b] at offset 2 with groups of 4:
             Request(a, count 2, first 2) of group 0, Request(b, count 2, first 0) of group 1
         """
-        groups = group_indices(rows.rows)
+        groups = group_indices(rows.items)
         starts = [i for i in range(len(groups)) if i == 0 or groups[i] != groups[i - 1]]
-        prompts = self.encoder.encode([rows.rows[i] for i in starts])
+        prompts = self.encoder.encode([rows.items[i] for i in starts])
 
         requests = []
         for number, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
@@ -167,7 +167,7 @@ class Collector:
             batch = as_batch(
                 rollouts,
                 advantages.advantages[offset : offset + len(rollouts)],
-                group=group_indices(rows.rows),
+                group=group_indices(rows.items),
                 mask_truncated=self.mask_truncated,
             )
         return Collection(rows, rollouts, scored, all_rewards, advantages, batch)
@@ -188,7 +188,7 @@ class Collector:
             return {}
 
         with raise_on_all_ranks("compare the prompts of a collection"):
-            here = {prompt_key(row) for row in collection.rows.rows}
+            here = {prompt_key(row) for row in collection.rows.items}
         at_hand = set().union(*distributed.all_gather_objects(here))
         with raise_on_all_ranks("draw other prompts"):
             drawn = self.replacements.draw(len(numbers), without=at_hand, seed=seed)
@@ -204,12 +204,12 @@ class Collector:
         """Return `old` with the rows of `new` in the place of the groups that `drawn` names."""
         with raise_on_all_ranks("put other prompts in the place of groups without signal"):
             places = places_of(old.rows, drawn, group_size)
-            rows, rollouts = list(old.rows.rows), list(old.rollouts)
-            for place, row, rollout in zip(places, new.rows.rows, new.rollouts, strict=True):
+            rows, rollouts = list(old.rows.items), list(old.rollouts)
+            for place, row, rollout in zip(places, new.rows.items, new.rollouts, strict=True):
                 rows[place], rollouts[place] = row, rollout
             scored = old.scored.replaced(places, new.scored)
 
-        merged = self._with_advantages(replace(old.rows, rows=rows), rollouts, scored, group_size)
+        merged = self._with_advantages(replace(old.rows, items=rows), rollouts, scored, group_size)
         merged.dropped = old.dropped + [old.rollouts[place] for place in places]
         return merged
 
@@ -256,13 +256,13 @@ def replaced_rows(rows: Rows, drawn: dict[int, dict[str, Any]], group_size: int)
         drawn[(rows.offset + place) // group_size] for place in places_of(rows, drawn, group_size)
     ]
     before = sum(1 for row in range(rows.offset) if row // group_size in drawn)
-    return Rows(micro_step=rows.micro_step, offset=before, rows=mine)
+    return Rows(micro_step=rows.micro_step, offset=before, items=mine)
 
 
 def places_of(rows: Rows, drawn: dict[int, dict[str, Any]], group_size: int) -> list[int]:
     """Return which of this rank's rows belong to the groups that `drawn` names."""
     return [
-        place for place in range(len(rows.rows)) if (rows.offset + place) // group_size in drawn
+        place for place in range(len(rows.items)) if (rows.offset + place) // group_size in drawn
     ]
 
 

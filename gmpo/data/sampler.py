@@ -32,7 +32,7 @@ class Rows:
 
     micro_step: int  # micro-step within the collection, from 0; at 0 the collection is made
     offset: int  # index of the first row within the collection over all ranks
-    rows: list[dict[str, Any]]  # rows of a group are one dict object
+    items: list[dict[str, Any]]  # rows of a group are one dict object
     # Prompts as token ids, which evaluation adds for `compute_metrics`.
     encoded: dict[str, Any] = field(default_factory=dict)
 
@@ -247,6 +247,6 @@ class EvalSampler(Sampler[list[tuple[int, int, int]]]):
 def as_rows(items: list[tuple[int, int, dict[str, Any]]]) -> Rows:
     """Return the items of a data loader's batch as `Rows`; a rank may have none."""
     if not items:
-        return Rows(micro_step=0, offset=0, rows=[])
+        return Rows(micro_step=0, offset=0, items=[])
     micro_step, offset, _ = items[0]
-    return Rows(micro_step=micro_step, offset=offset, rows=[row for _, _, row in items])
+    return Rows(micro_step=micro_step, offset=offset, items=[row for _, _, row in items])

@@ -21,7 +21,7 @@ def rows_of(size):
 
 
 def prompts(batch):
-    return [row["prompt"] for row in batch.rows]
+    return [row["prompt"] for row in batch.items]
 
 
 def loader(size, collection, *, ranks=1, epoch=0, shuffle=False, workers=0):
@@ -44,8 +44,8 @@ def test_each_prompt_stands_group_size_times_and_a_collection_is_served_once_per
 
 def test_rows_of_a_group_are_one_object():
     batch = next(iter(loader(2, CollectionSize(group_size=2, rows=4, micro_steps=1))))
-    assert batch.rows[0] is batch.rows[1]
-    assert batch.rows[0] is not batch.rows[2]
+    assert batch.items[0] is batch.items[1]
+    assert batch.items[0] is not batch.items[2]
 
 
 def test_ranks_get_contiguous_slices_of_one_collection_in_turn():
@@ -111,4 +111,4 @@ def test_evaluation_sees_every_prompt_once_and_gives_late_ranks_an_empty_batch()
     batches = [list(EvalSampler(3, collection, rank=rank, ranks=2)) for rank in (0, 1)]
     rows = [[[key[2] for key in batch] for batch in of_rank] for of_rank in batches]
     assert rows == [[[0, 0], [2, 2]], [[1, 1], []]]
-    assert as_rows([]).rows == []
+    assert as_rows([]).items == []

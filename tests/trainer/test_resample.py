@@ -126,7 +126,7 @@ def test_ranks_replace_their_own_rows_of_groups_that_span_them():
     assert places_of(first, chosen, 4) == [0, 1, 2, 3, 4, 5]
     assert places_of(second, chosen, 4) == [0, 1]
     part = replaced_rows(second, chosen, 4)
-    assert part.offset == 6 and [row["prompt"] for row in part.rows] == ["y", "y"]
+    assert part.offset == 6 and [row["prompt"] for row in part.items] == ["y", "y"]
     # without group 0 the rows of group 1 are the first of what is written again
     assert replaced_rows(second, {1: chosen[1]}, 4).offset == 2
 
