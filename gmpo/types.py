@@ -93,7 +93,7 @@ class Batch:
     num_completion_tokens: Tensor
     advantages: Tensor  # [B] float32
     group: Tensor  # [B] int64, index of the row's prompt within the collection
-    # [B, T]; None if the policy has not moved since sampling, so that sg(logps) are the old ones
+    # [B, T]; None if the policy has not moved since sampling: logps.detach() are the old ones
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None  # [B, T]
     sampler_logps: Tensor | None = None  # [B, T]
@@ -143,23 +143,26 @@ class TokenLogProbs:
     router_loss: Tensor | None = None
 
 
-# Names of logged figures that are ours or the Trainer's, ...
-OWN_FIGURES = {
-    *("step", "epoch", "time", "loss", "grad_norm", "learning_rate", "total_flos", "runtime"),
-    *("num_tokens", "num_input_tokens_seen", "step_time", "nonfinite_steps"),
-    *("reward", "reward_std", "frac_reward_zero_std"),
-    *("entropy", "entropy_coef", "kl", "policy_loss", "aux_loss"),
-}
+# Names of logged figures that are gmpo's or the Trainer's, ...
+RESERVED_NAMES = {
+    # the Trainer's
+    "step", "epoch", "time", "runtime", "total_flos", "num_input_tokens_seen",
+    "loss", "grad_norm", "learning_rate",
+    # gmpo's
+    "num_tokens", "step_time", "nonfinite_steps",
+    "reward", "reward_std", "frac_reward_zero_std",
+    "entropy", "entropy_coef", "kl", "policy_loss", "aux_loss",
+}  # fmt: skip
 # ... and how others of them begin and end.
-OWN_FIGURE = re.compile(
+RESERVED_PATTERN = re.compile(
     r"(completions|clip_ratio|log_ratio|rho|sampling|signal|time|tokens_per_second|memory|entropy)/"
     r"|(eval|train|test)_|rewards/.*/(mean|std)$"
 )
 
 
-def is_own_figure(name: str) -> bool:
+def is_reserved_figure(name: str) -> bool:
     """Return whether a logged figure is gmpo's or the Trainer's, so that no reward may take it."""
-    return name in OWN_FIGURES or OWN_FIGURE.match(name) is not None
+    return name in RESERVED_NAMES or RESERVED_PATTERN.match(name) is not None
 
 
 @dataclass(slots=True)

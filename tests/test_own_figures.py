@@ -4,7 +4,7 @@ import pyarrow.parquet
 import pytest
 
 from gmpo.report.completions import CompletionRecords
-from gmpo.types import is_own_figure
+from gmpo.types import is_reserved_figure
 from tests.options.runs import SCENARIOS, fresh_run, run
 
 OPTIONS = {
@@ -21,12 +21,12 @@ def test_every_figure_that_a_run_logs_is_its_own():
         for entry in run(scenario, **options).trainer.state.log_history:
             logged |= entry.keys()
     assert len(logged) > 50
-    assert [name for name in sorted(logged) if not is_own_figure(name)] == []
+    assert [name for name in sorted(logged) if not is_reserved_figure(name)] == []
 
 
 @pytest.mark.parametrize("name", ["length", "rewards/mine/lost", "my/reward", "losses", "kl_like"])
 def test_other_names_are_free(name):
-    assert not is_own_figure(name)
+    assert not is_reserved_figure(name)
 
 
 def rewarding(remark):

@@ -26,7 +26,7 @@ from gmpo.reward.answers import as_number, as_scores, short
 from gmpo.reward.functions import FunctionReward
 from gmpo.reward.sources import columns_of
 from gmpo.reward.types import RewardCall, RewardSource
-from gmpo.types import Rollout, is_own_figure
+from gmpo.types import Rollout, is_reserved_figure
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Remarks:
     def log_metric(self, name: str, value: float) -> None:
         """Add to a mean over all calls and ranks until the next log; NaN and None are left out."""
         self._check_text("log_metric", name)
-        if is_own_figure(name):
+        if is_reserved_figure(name):
             raise ValueError(
                 f"Reward {self.name!r} called log_metric({name!r}, ...), and {name!r} is a figure "
                 "that the log has already. Choose another name, for example "
