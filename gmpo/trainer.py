@@ -1,7 +1,7 @@
 """GRPOTrainer and GMPOTrainer: what `transformers.Trainer` asks, answered in the order it asks.
 
 The Trainer carries the loop, optimizer, schedule, DeepSpeed, FSDP, hub and callbacks;
-`gmpo/resumable.py` carries checkpoints and signals.
+`gmpo/run/resumable.py` carries checkpoints and signals.
 gmpo differs from supervised training in two places: an optimizer step first sees that there are
 completions to train on (`get_batch_samples`), and the gradient of a micro-batch is taken chunk by
 chunk (`training_step`).
@@ -238,7 +238,7 @@ class GRPOTrainer(ResumableTrainer):
         if self.is_finished:
             return [], None
         rows = self.with_random_state(epoch_iterator)
-        with self.signals.raising(at_once=distributed.world_size() == 1):
+        with self.stop_signals.raising(at_once=distributed.world_size() == 1):
             batches = self.stages.optimizer_batches.next(
                 cast(nn.Module, self.model_wrapped), rows, num_batches, step=self.state.global_step
             )
@@ -376,7 +376,7 @@ class GRPOTrainer(ResumableTrainer):
             total = torch.zeros(())
 
         rows = float(len(inputs.batch))
-        seen.means["loss"] = (float(total) * inputs.denominators.rows, rows)
+        seen.means["loss"] = (float(total) * inputs.denominators.num_rows, rows)
         self.stages.metrics.add(seen, mode="eval")
         return total
 
@@ -412,7 +412,7 @@ class GRPOTrainer(ResumableTrainer):
         return 6 * tokens * self._num_parameters
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Do nothing: `_report` counts them, with or without `include_num_input_tokens_seen`."""
+        """Do nothing: `Stages.report` counts them, with or without `include_num_input_tokens_seen`."""
 
     def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride] (as other RL trainers do)
         self,

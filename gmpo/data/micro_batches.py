@@ -25,7 +25,7 @@ def split_into_micro_batches(group: Tensor, *, rows: int, passes: int, seed: int
         group [0, 0, 1, 1, 2, 2], micro-batches of 3 rows, one pass in the order 1, 0, 2:
         [2, 3, 0], [1, 4, 5]
     """
-    assert len(group) % rows == 0, (len(group), rows)
+    assert len(group) % rows == 0, f"{len(group)} rows don't fill micro-batches of {rows} rows"
     generator = torch.Generator().manual_seed(seed)
     _, sizes = torch.unique_consecutive(group, return_counts=True)
     groups = torch.split(torch.arange(len(group)), sizes.tolist())
@@ -74,5 +74,5 @@ def mixed_seed(*parts: int) -> int:
 
 
 def has_signal(batch: Batch) -> Tensor:
-    """Return [B] bool, on the CPU: rows whose policy gradient is not 0."""
+    """Return [B] bool, on the CPU: rows whose policy gradient is not 0; the others are silent."""
     return ((batch.advantages != 0) & batch.mask.any(1)).cpu()

@@ -93,7 +93,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.signals = SignalWatch()
+        self.stop_signals = SignalWatch()
         self.running_loss = RunningLoss(self)
         self.folder = RunFolder(str(self.args.output_dir))
         self._last_step: LastStep | None = None
@@ -129,18 +129,18 @@ class ResumableTrainer(Trainer):
         self._last_step, self._has_failed_to_save = None, False
         self.stages.reset()
 
-        with self.signals.watching(), contextlib.ExitStack() as stack:
+        with self.stop_signals.watching(), contextlib.ExitStack() as stack:
             with raise_on_all_ranks("lock output_dir"):
                 if self.args.should_save:
                     stack.enter_context(self.folder.locked())
             self._begin(resume_from_checkpoint)
             try:
                 output = super().train(self._checkpoint, trial, ignore_keys_for_eval)
-                if self.signals.noted is not None:  # while the run was closed
-                    raise stopped_by(self.signals.noted)
+                if self.stop_signals.noted is not None:  # while the run was closed
+                    raise stopped_by(self.stop_signals.noted)
                 return output
             except (Exception, KeyboardInterrupt, SystemExit, StopRequest) as error:
-                ending = error if self.signals.noted is None else self._as_stop(error)
+                ending = error if self.stop_signals.noted is None else self._as_stop(error)
                 self._save_last_step(ending)
                 if ending is error:
                     raise
@@ -152,7 +152,7 @@ class ResumableTrainer(Trainer):
             return error
         if isinstance(error, Exception):  # a worker process may have got the signal too
             say(distributed.repr_of(error))
-        stop = stopped_by(cast(int, self.signals.noted))
+        stop = stopped_by(cast(int, self.stop_signals.noted))
         if distributed.is_raised_on_all_ranks(error):
             stop.raised_on_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue] (a mark)
         return stop
@@ -196,7 +196,7 @@ class ResumableTrainer(Trainer):
 
     def _save_last_step(self, error: BaseException) -> None:
         """Save the last whole step after an error, and tell in its notes where that is."""
-        if self.signals.leaving or not distributed.is_raised_on_all_ranks(error):
+        if self.stop_signals.leaving or not distributed.is_raised_on_all_ranks(error):
             return
         last = self._last_step
         if last is not None and last.step > 0 and not self._has_failed_to_save:
@@ -226,7 +226,7 @@ class ResumableTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.keep_state()
-        noted = torch.tensor(self.signals.noted or 0)
+        noted = torch.tensor(self.stop_signals.noted or 0)
         if number := int(distributed.all_reduce(noted, "max")):
             error = stopped_by(number)
             error.raised_on_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue] (a mark)
