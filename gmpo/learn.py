@@ -106,10 +106,10 @@ class ChunkLoss:
 
     def router_share(self, router_loss: Tensor) -> Tensor:
         """Return the share of the chunk's load-balancing loss, a scalar, in the loss."""
-        weight = len(self.batch) / self.denominators.rows
+        weight = len(self.batch) / self.denominators.num_rows
         figure = (weight * router_loss.detach(), weight)
         self.statistics.update(Statistics(means={"aux_loss": figure}))
-        return self.router_coef * len(self.batch) / self.denominators.rows * router_loss
+        return self.router_coef * weight * router_loss
 
 
 class Learner:
@@ -145,8 +145,9 @@ class Learner:
         self.backward = backward
 
         self.memory = logprobs.memory
-        # Under FSDP and DeepSpeed every rank must make as many passes as the others.
-        self.in_step = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+        # Under FSDP and DeepSpeed each forward pass gathers weights from all ranks: a rank that
+        # makes fewer passes than the others would leave them waiting.
+        self.equal_passes = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
         # DeepSpeed makes the optimizer's step at the end of the last backward pass.
         self.steps_in_backward = accelerator.distributed_type.value == "DEEPSPEED"
         # Micro-batches whose gradients this optimizer step has already.
@@ -154,8 +155,7 @@ class Learner:
         self._number = 0  # of this optimizer step
         # Figures of this optimizer step, which count only if it is made.
         self._of_step = Statistics()
-        # Sum and count over the tokens of this optimizer step.
-        self._step_entropy = (torch.zeros(()), torch.zeros(()))
+        self._forget_entropy()
 
     def begin_step(self, number: int) -> None:
         """Forget the micro-batches of the last optimizer step; `number` counts from 1."""
@@ -171,7 +171,7 @@ class Learner:
         if self.nonfinite_steps.check(model, grad_norm, step=self._number):
             return True
         self._of_step = Statistics()
-        self._step_entropy = (torch.zeros(()), torch.zeros(()))
+        self._forget_entropy()
         return False
 
     def end_step(self) -> None:
@@ -187,6 +187,10 @@ class Learner:
         sums = torch.stack([torch.as_tensor(value) for value in self._step_entropy])
         total, count = distributed.all_reduce(sums).tolist()
         self.entropy_bonus.update(total / count if count else math.nan)
+        self._forget_entropy()
+
+    def _forget_entropy(self) -> None:
+        # Sum and count over the tokens of this optimizer step.
         self._step_entropy = (torch.zeros(()), torch.zeros(()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,7 +294,7 @@ class Learner:
             return everything, True
 
         rows = has_signal(batch).nonzero().flatten()
-        others_wait = distributed.world_size() > 1 or self.in_step
+        others_wait = distributed.world_size() > 1 or self.equal_passes
         return (rows, True) if len(rows) or not others_wait else (everything[:1], False)
 
     def count(
@@ -309,7 +313,7 @@ class Learner:
         if self.skips_silent_rows(model):
             statistics.means["signal/rows"] = (float(num_rows), float(num_of_batch))
         if self.entropy_bonus.is_on:
-            weight = num_of_batch / inputs.denominators.rows
+            weight = num_of_batch / inputs.denominators.num_rows
             statistics.means["entropy_coef"] = (weight * self.entropy_bonus.coefficient, weight)
         self._of_step.update(statistics)
 
@@ -392,14 +396,14 @@ class Learner:
         return total, statistics
 
     def chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        """Cut `rows` ([b] int64) into chunks; as many on every rank where ranks keep step."""
+        """Cut `rows` ([b] int64) into chunks; as many on every rank with `equal_passes`."""
         chunks = self.logprobs.chunks_of(batch, rows.cpu())
-        return distributed.pad_to_max_count(chunks) if self.in_step else chunks
+        return distributed.pad_to_max_count(chunks) if self.equal_passes else chunks
 
     def with_selection(self, model: nn.Module, inputs: MicroBatch) -> tuple[MicroBatch, Tensor]:
         """Return `inputs` with the count of its selected tokens, and these, [B, T]."""
         select = self.select(model, inputs.batch)
-        if self.objective.top_entropy_quantile >= 1.0:
+        if not self.objective.selects_by_entropy:
             return inputs, select
         denominators = dataclasses.replace(
             inputs.denominators, micro_batch_selected=float(select.sum())
@@ -411,12 +415,13 @@ class Learner:
 
         These are all of them, or those whose entropy is high among the tokens of all ranks.
         """
-        quantile = self.objective.top_entropy_quantile
-        if quantile >= 1.0:
+        if not self.objective.selects_by_entropy:
             return batch.mask
         with self.stopwatch.timed("old_logps"):
             entropy = self.logprobs.compute_without_grad(model, batch).entropy
-        threshold = entropy_threshold(distributed.all_gather(entropy[batch.mask]), quantile)
+        threshold = entropy_threshold(
+            distributed.all_gather(entropy[batch.mask]), self.objective.top_entropy_quantile
+        )
         return high_entropy_tokens(batch.mask, entropy, threshold)
 
 

@@ -112,7 +112,7 @@ class OptimizerBatches:
         num_collections = 0
         for number, share in enumerate(shares):
             if share.micro_step == 0 or not self._waiting:
-                # Step and number name all random numbers of the collection.
+                # Step and number of collections seed everything random in this one.
                 seed = mixed_seed(self.args.seed, step, num_collections)
                 remaining = num_micro_batches - number
                 self._waiting = self._collect(model, share, seed=seed, remaining=remaining)
@@ -140,7 +140,7 @@ class OptimizerBatches:
 
         with distributed.raise_on_all_ranks("cut a collection into micro-batches"):
             batch = collection.batch.to(self.args.device)
-            numbers = [getattr(row, "number", -1) for row in collection.rows.rows]
+            numbers = [getattr(row, "number", -1) for row in collection.rows.items]
             batch.dataset_rows = torch.tensor(numbers, dtype=torch.int64)
             indices = split_into_micro_batches(
                 collection.batch.group,
@@ -208,10 +208,10 @@ class OptimizerBatches:
             ],
             dtype=torch.float64,
         )
-        rows, tokens, micro_batches = distributed.all_reduce(counts).tolist()
+        num_rows, tokens, micro_batches = distributed.all_reduce(counts).tolist()
         return [
             Denominators(
-                rows=rows,
+                num_rows=num_rows,
                 tokens=tokens,
                 micro_batch_tokens=float(batch.mask.sum()),
                 micro_batches=micro_batches,

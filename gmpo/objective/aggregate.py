@@ -33,7 +33,7 @@ def total(values: Tensor, counted: Tensor) -> Tensor:
 
 def mean_of_row_means(values: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:
     """Weigh every completion the same: GMPO, GRPO, SAPO.  A row's single value is its own mean."""
-    return row_mean(values, mask).sum() / denominators.rows
+    return row_mean(values, mask).sum() / denominators.num_rows
 
 
 def mean_over_micro_batch_tokens(
@@ -46,7 +46,7 @@ def mean_over_micro_batch_tokens(
 
 def sum_over_token_budget(values: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:
     """Divide by a constant, whatever the completions' lengths: Dr. GRPO (arXiv:2503.20783)."""
-    return total(values, mask) / (denominators.rows * denominators.max_completion_length)
+    return total(values, mask) / (denominators.num_rows * denominators.max_completion_length)
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:
@@ -71,4 +71,4 @@ def entropy_mean(
 
 def mean_of_row_sums(values: Tensor, mask: Tensor, denominators: Denominators) -> Tensor:
     """Weigh a completion by the number of its tokens: LUSPO (arXiv:2602.05261)."""
-    return total(values, mask) / denominators.rows
+    return total(values, mask) / denominators.num_rows

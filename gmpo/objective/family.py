@@ -1,6 +1,6 @@
 """The family of objectives in one table.
 
-A new member is one file for its surrogate and one row here.
+A new member is one file for its surrogate, one row here, and its name in `settings.LOSS_TYPES`.
 """
 
 import inspect
@@ -38,7 +38,7 @@ class Member:
         """True if the aggregate divides by counts of the micro-batch; found by asking it."""
         one, mask = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
         counts = Denominators(
-            rows=2, tokens=3, micro_batch_tokens=5, micro_batches=7, max_completion_length=11
+            num_rows=2, tokens=3, micro_batch_tokens=5, micro_batches=7, max_completion_length=11
         )
         other = replace(counts, micro_batch_tokens=6, micro_batches=8, micro_batch_selected=9)
         return bool(self.aggregate(one, mask, counts) != self.aggregate(one, mask, other))

@@ -9,7 +9,8 @@ from torch import Tensor
 from gmpo.objective.aggregate import row_mean
 from gmpo.objective.types import Surrogate, SurrogateInputs
 
-# Nearer to 0, rounding the quotient of a power mean exceeds its distance from the geometric mean.
+# Below this |power| the power mean is taken as geometric: rounding, divided by so small a power,
+# would be larger than the difference.
 SMALLEST_POWER = 1e-3
 
 

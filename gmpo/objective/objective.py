@@ -34,10 +34,15 @@ class Objective:
     top_entropy_quantile: float = 1.0  # share of tokens that get a policy gradient, by entropy
 
     @property
+    def selects_by_entropy(self) -> bool:
+        """True if only the tokens with the highest entropy get a policy gradient."""
+        return self.top_entropy_quantile < 1.0
+
+    @property
     def depends_on_micro_batches(self) -> bool:
         """True if cutting an optimizer batch into other micro-batches changes its loss."""
-        has_threshold = self.top_entropy_quantile < 1.0  # taken in each micro-batch
-        return has_threshold or self.member.depends_on_micro_batches
+        # The threshold of a selection is taken in each micro-batch.
+        return self.selects_by_entropy or self.member.depends_on_micro_batches
 
     def zero_advantage_is_inert(self, entropy_coef: float) -> bool:
         """Return whether rows with an advantage of 0 add nothing to the loss and its gradient.
@@ -76,17 +81,18 @@ class Objective:
             loss = loss + self.beta * self.member.aggregate(kl, x.mask, denominators)
 
         figures = statistics(x, terms, surrogate, kl, self.correction)
-        selective = self.top_entropy_quantile < 1.0
-        if selective and x.entropy is not None:
+        if self.selects_by_entropy and x.entropy is not None:
             figures.means["entropy/selected"] = mean(x.entropy.detach(), x.select & x.mask)
 
         # Rows add up to 1 over the optimizer batch, so that this is the loss per optimizer step.
         if entropy_coef is not None:
-            weight = len(x.mask) / denominators.rows
+            weight = len(x.mask) / denominators.num_rows
             figures.means["policy_loss"] = (loss.detach(), weight)
         if entropy_coef:
             assert x.entropy is not None, "an entropy bonus needs the entropy"
-            bonus = entropy_mean(x.entropy, x.mask, x.select, denominators, selective=selective)
+            bonus = entropy_mean(
+                x.entropy, x.mask, x.select, denominators, selective=self.selects_by_entropy
+            )
             loss = loss - entropy_coef * bonus
         return loss, figures
 
@@ -135,8 +141,8 @@ def prepared(inputs: ObjectiveInputs) -> ObjectiveInputs:
             floats[f.name] = value if f.name in ("logps", "entropy") else value.detach()
 
     is_double = any(value.dtype == torch.float64 for value in floats.values())
-    width = torch.float64 if is_double else torch.float32
-    wide: dict[str, Any] = {name: value.to(width) for name, value in floats.items()}
+    dtype = torch.float64 if is_double else torch.float32
+    wide: dict[str, Any] = {name: value.to(dtype) for name, value in floats.items()}
     return dataclasses.replace(inputs, **wide)
 
 

@@ -12,6 +12,7 @@ CORRECTION_MODES = (
     "geometric_truncate",
     "geometric_mask",
 )
+# Members that GRPOTrainer minimises; each has a row in `family.FAMILY`.
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 

@@ -15,7 +15,7 @@ class ObjectiveInputs:
     logps: Tensor  # [B, T] current policy; only this and `entropy` carry gradients
     old_logps: Tensor  # [B, T] when the collection began
     advantages: Tensor  # [B, 1] (or [B, T])
-    mask: Tensor  # [B, T] bool, true where the policy wrote the token
+    mask: Tensor  # [B, T] bool, true where the policy wrote the token and it may be trained on
     select: Tensor  # [B, T] bool, subset of mask that may receive policy gradient
     sampler_logps: Tensor | None = None  # [B, T] from the engine; NaN where it reported none
     ref_logps: Tensor | None = None  # [B, T] the reference, with beta > 0
@@ -26,10 +26,11 @@ class ObjectiveInputs:
 class Denominators:
     """Counts of the whole optimizer batch, over ranks and micro-batches.
 
-    They make the update the same however the batch is cut.
+    They make the update the same however the batch is cut.  Two are of a micro-batch instead:
+    `micro_batch_tokens` and `micro_batch_selected` count the chunk's own, on this rank.
     """
 
-    rows: float  # rows of the optimizer batch
+    num_rows: float  # rows of the optimizer batch
     tokens: float  # counted tokens (mask) of the optimizer batch
     micro_batch_tokens: float  # counted tokens of this chunk's micro-batch, on this rank
     micro_batches: float  # micro-batches of the optimizer batch, over all ranks

@@ -1,4 +1,4 @@
-"""Settings to engine."""
+"""The table of engines, and what each is built from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

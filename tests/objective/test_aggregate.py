@@ -7,7 +7,7 @@ from tests.objective.cases import equal, inputs, loss_and_gradient, objective
 
 MASK = [[1, 0, 0], [1, 1, 1]]
 COUNTS = Denominators(
-    rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
+    num_rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
 )
 
 BY_HAND = {  # loss, gradient of the first row's token, gradient of each of the second row's tokens
@@ -40,7 +40,7 @@ def test_gmpo_divides_by_the_rows_of_the_optimizer_batch():
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
 def test_a_batch_without_counted_tokens_has_no_loss(loss_type):
     nothing = Denominators(
-        rows=1, tokens=0, micro_batch_tokens=0, micro_batches=1, max_completion_length=8
+        num_rows=1, tokens=0, micro_batch_tokens=0, micro_batches=1, max_completion_length=8
     )
     loss, gradient = loss_and_gradient(
         objective(loss_type=loss_type), inputs([[0.0]], [1.0], [[0]]), nothing

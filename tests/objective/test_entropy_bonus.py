@@ -13,7 +13,7 @@ from gmpo.objective.types import Denominators
 from tests.objective.cases import double, equal, inputs, objective
 
 COUNTS = Denominators(
-    rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
+    num_rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
 )
 
 

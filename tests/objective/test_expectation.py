@@ -15,7 +15,7 @@ from tests.objective.cases import double, objective
 
 VOCABULARY = 3
 ONE_ROW = Denominators(
-    rows=1, tokens=1, micro_batch_tokens=1, micro_batches=1, max_completion_length=1
+    num_rows=1, tokens=1, micro_batch_tokens=1, micro_batches=1, max_completion_length=1
 )
 
 

@@ -10,7 +10,7 @@ from tests.objective.cases import equal, inputs, log, loss_and_gradient, objecti
 
 MASK = [[1, 0, 0], [1, 1, 1]]
 COUNTS = Denominators(
-    rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
+    num_rows=4, tokens=10, micro_batch_tokens=5, micro_batches=3, max_completion_length=8
 )
 K3 = 2 - log(2.0) - 1  # q = log 2 at every counted token
 WEIGHTS = {  # of a token of the first row and of the second row in the loss

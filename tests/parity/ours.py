@@ -31,7 +31,7 @@ def loss_and_gradients(case: Case) -> dict[str, Tensor]:
             part, top_entropy_quantile=case.options.get("top_entropy_quantile", 1.0)
         )
         counts = Denominators(
-            rows=len(mask),
+            num_rows=len(mask),
             tokens=float(mask.sum()),
             micro_batch_tokens=float(mask[rows].sum()),
             micro_batches=case.micro_batches,

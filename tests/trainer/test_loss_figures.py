@@ -131,7 +131,7 @@ def test_masked_completions_leave_the_means_over_tokens(make_trainer, loss_type)
     written = batch.mask.sum(1)
     batch.mask[0] = False  # a completion that ran into the limit
     (counts,) = trainer.stages.optimizer_batches.denominators([batch])
-    assert counts.rows == len(batch)
+    assert counts.num_rows == len(batch)
     assert counts.tokens == counts.micro_batch_tokens == float(written[1:].sum())
 
 

@@ -87,7 +87,7 @@ def test_of_several_ranks_none_starts_a_collective_where_its_memory_runs_out(
     monkeypatch.setattr(
         "gmpo.learn.distributed.all_reduce", lambda *given: met.append(given) or torch.ones(())
     )
-    trainer.stages.learner.in_step = True
+    trainer.stages.learner.equal_passes = True
     with pytest.raises(torch.OutOfMemoryError) as caught:
         error, learner = torch.OutOfMemoryError("no room"), trainer.stages.learner
         learner.memory.make_room(error, learner._sizes(trainer.model, [make_batch()]))
