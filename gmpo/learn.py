@@ -254,7 +254,7 @@ class Learner:
         sizes = []
         for batch in batches:
             rows, _ = self._rows_with_gradient(model, batch)
-            sizes += map(self.logprobs.sizes_of(batch), self.chunks(batch, rows))
+            sizes += map(self.logprobs.sizes_of(batch), self.aligned_chunks(batch, rows))
         return sizes
 
     def _add_chunks(self, model: nn.Module, inputs: MicroBatch, progress: float) -> Tensor:
@@ -262,7 +262,7 @@ class Learner:
         batch = inputs.batch
         inputs, select = self.with_selection(model, inputs)
         rows, counted = self._rows_with_gradient(model, batch)
-        chunks = self.chunks(batch, rows)
+        chunks = self.aligned_chunks(batch, rows)
         total = torch.zeros((), device=self.args.device)
         statistics = Statistics()
 
@@ -389,15 +389,15 @@ class Learner:
 
         self.memory.run(
             torch.arange(len(batch)),
-            lambda rows: self.chunks(batch, rows),
+            lambda rows: self.aligned_chunks(batch, rows),
             self.logprobs.sizes_of(batch),
             add,
         )
         return total, statistics
 
-    def chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
+    def aligned_chunks(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         """Cut `rows` ([b] int64) into chunks; as many on every rank with `equal_passes`."""
-        chunks = self.logprobs.chunks_of(batch, rows.cpu())
+        chunks = self.logprobs.chunks_that_fit(batch, rows.cpu())
         return distributed.pad_to_max_count(chunks) if self.equal_passes else chunks
 
     def with_selection(self, model: nn.Module, inputs: MicroBatch) -> tuple[MicroBatch, Tensor]:

@@ -6,6 +6,7 @@ LogProbs.compute_without_grad   of all rows, in passes that fit into memory
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -117,14 +118,14 @@ class LogProbs:
         def compute(rows: Tensor) -> None:
             found.append((rows, self.compute(model, batch.rows(rows))))
 
-        def cut(rows: Tensor) -> list[Tensor]:
+        def cut_for_passes(rows: Tensor) -> list[Tensor]:
             chunks: list[Tensor] = []
             for some in rows.split(self.rows_per_pass or max(1, len(rows))):
-                chunks += self.chunks_of(batch, some)
+                chunks += self.chunks_that_fit(batch, some)
             return pad_to_max_count(chunks) if sharded(model) else chunks
 
         with eval_mode(model):
-            self.memory.run(torch.arange(len(batch)), cut, self.sizes_of(batch), compute)
+            self.memory.run(torch.arange(len(batch)), cut_for_passes, self.sizes_of(batch), compute)
 
         dtype = found[0][1].logps.dtype if found else torch.float32
         logps = torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device)
@@ -168,11 +169,11 @@ class LogProbs:
             return total
         return total + router_share(router_loss)
 
-    def chunks(self, batch: Batch, max_tokens: int | None) -> list[Tensor]:
+    def cut_batch(self, batch: Batch, max_tokens: int | None) -> list[Tensor]:
         """Cut `batch` into sets of rows ([b] int64 each) of at most `max_tokens` tokens each.
 
         Whole groups stay together where they fit, and the sets have about the same size.  A single
-        row that is larger than `max_tokens` is a set of its own.
+        row that is larger than `max_tokens` is a separate set.
 
         Args:
             max_tokens: None for all rows at once.
@@ -184,11 +185,11 @@ class LogProbs:
             torch.tensor(chunk, dtype=torch.int64, device=batch.lengths.device) for chunk in chunks
         ]
 
-    def chunks_of(self, batch: Batch, rows: Tensor) -> list[Tensor]:
+    def chunks_that_fit(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         """Cut `rows` ([b] int64, on the CPU) of `batch` into chunks that keep to the bound."""
         if len(rows) == 0:
             return []
-        chunks = self.chunks(batch.rows(rows), self.memory.max_tokens)
+        chunks = self.cut_batch(batch.rows(rows), self.memory.max_tokens)
         return [rows[chunk.cpu()] for chunk in chunks]
 
     def sizes_of(self, batch: Batch) -> Callable[[Tensor], ChunkSize]:
@@ -369,6 +370,7 @@ def _tiled_loss(
             shaping=shaping,
             want_entropy_grad=want_entropy_grad,
         )
+        # Without rows, a 0 that hangs on the graph: other ranks wait for this one's backward pass.
         total = loss(torch.tensor(others, device=device), logps, entropy) if others else logps.sum()
 
     if tiles:
@@ -414,7 +416,8 @@ def _tiles(counts: list[int], capacity: int) -> tuple[list[list[int]], list[int]
     others = [row for row, count in enumerate(counts) if count > capacity]
     sizes = [counts[row] for row in fitting]
 
-    for number in range(max(1, -(-sum(sizes) // max(1, capacity))), len(fitting)):
+    fewest = max(1, math.ceil(sum(sizes) / max(1, capacity)))
+    for number in range(fewest, len(fitting)):
         tiles = balance(sizes, number)
         if all(sum(sizes[item] for item in tile) <= capacity for tile in tiles):
             return [[fitting[item] for item in tile] for tile in tiles], others

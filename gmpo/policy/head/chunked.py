@@ -192,38 +192,38 @@ class Tile:
 
     def gradients(
         self,
-        into_logps: Tensor,
-        into_entropy: Tensor | None,
-        into_weight: Tensor | None,
-        into_bias: Tensor | None,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
     ) -> Tensor:
         """Carry gradients on from log-probs and entropies ([r]).  May be called once.
 
         Args:
-            into_logps: [r].
-            into_entropy: [r]; None for zeros.
-            into_weight: [V, H] in the wide dtype, to which the head's is added; None if frozen.
-            into_bias: [V], likewise.
+            grad_logps: [r].
+            grad_entropy: [r]; None for zeros.
+            grad_weight: [V, H] in the wide dtype, to which the head's is added; None if frozen.
+            grad_bias: [V], likewise.
 
         Returns:
             [r, H] with respect to the hidden states, in the wide dtype.
         """
         if self.head.narrow:
-            return self._narrow_gradients(into_logps, into_entropy, into_weight, into_bias)
+            return self._narrow_gradients(grad_logps, grad_entropy, grad_weight, grad_bias)
 
-        self._outputs_to_gradient(into_logps, into_entropy)
-        if into_bias is not None:
-            into_bias.add_(self.outputs.sum(0))
-        if into_weight is not None:
-            add_product(into_weight, self.outputs, self.hidden)
+        self._outputs_to_gradient(grad_logps, grad_entropy)
+        if grad_bias is not None:
+            grad_bias.add_(self.outputs.sum(0))
+        if grad_weight is not None:
+            add_product(grad_weight, self.outputs, self.hidden)
         return product(self.outputs, self.head.weight)
 
     def _narrow_gradients(
         self,
-        into_logps: Tensor,
-        into_entropy: Tensor | None,
-        into_weight: Tensor | None,
-        into_bias: Tensor | None,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
     ) -> Tensor:
         """Do as `gradients` for 16-bit weights.
 
@@ -231,11 +231,11 @@ class Tile:
         rescaled after them.  Gradients returned in 16 bits may still underflow; loss scaling is for
         those.
         """
-        scale = into_logps.abs() + LEAST
-        if into_entropy is not None:
-            scale = into_logps.abs() + into_entropy.abs() + LEAST
-            into_entropy = into_entropy / scale
-        self._outputs_to_gradient(into_logps / scale, into_entropy)
+        scale = grad_logps.abs() + LEAST
+        if grad_entropy is not None:
+            scale = grad_logps.abs() + grad_entropy.abs() + LEAST
+            grad_entropy = grad_entropy / scale
+        self._outputs_to_gradient(grad_logps / scale, grad_entropy)
 
         # Of all sizes between which the sum of all rows overflows and one row vanishes.
         size = scale.norm()
@@ -243,13 +243,13 @@ class Tile:
         wide, weight = self.head.wide, self.head.weight
         outputs = self.outputs.to(weight.dtype)
 
-        trained = into_weight is not None or into_bias is not None
+        trained = grad_weight is not None or grad_bias is not None
         for start in range(0, len(weight) if trained else 0, SOME_VOCABULARY):
             columns = slice(start, start + SOME_VOCABULARY)
-            if into_bias is not None:
-                into_bias[columns] += scale @ outputs[:, columns].to(wide)
-            if into_weight is not None:
-                into_weight[columns] += (outputs[:, columns].T @ hidden).to(wide) * size
+            if grad_bias is not None:
+                grad_bias[columns] += scale @ outputs[:, columns].to(wide)
+            if grad_weight is not None:
+                grad_weight[columns] += (outputs[:, columns].T @ hidden).to(wide) * size
         return (outputs @ weight).to(wide) * scale[:, None]
 
     def _evaluate(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,14 +268,14 @@ class Tile:
         normalizer = peak + log_total
         return normalizer, entropy, target - normalizer
 
-    def _outputs_to_gradient(self, into_logps: Tensor, into_entropy: Tensor | None) -> None:
+    def _outputs_to_gradient(self, grad_logps: Tensor, grad_entropy: Tensor | None) -> None:
         """Turn the outputs of the head into the gradients with respect to them, in place.
 
             d logp / d logit_j    = [j is the target] - p_j
             d entropy / d logit_j = -p_j (log p_j + entropy)
 
         Example:
-            p = [0.5, 0.5], target 0, into_logps 2, no entropy, no scale: gradient [1, -1]
+            p = [0.5, 0.5], target 0, grad_logps 2, no entropy, no scale: gradient [1, -1]
         """
         for rows in self._cached_rows():
             log_p = self._logits(rows)
@@ -288,12 +288,12 @@ class Tile:
 
             log_p -= self._normalizer[rows]
             gradient = log_p.exp()
-            if into_entropy is None:
-                gradient *= -into_logps[rows, None]
+            if grad_entropy is None:
+                gradient *= -grad_logps[rows, None]
             else:
-                weighed = log_p.add_(self._entropy[rows]).mul_(into_entropy[rows, None])
-                gradient *= weighed.add_(into_logps[rows, None]).neg_()
-            gradient.scatter_add_(-1, self.targets[rows], into_logps[rows, None])
+                weighed = log_p.add_(self._entropy[rows]).mul_(grad_entropy[rows, None])
+                gradient *= weighed.add_(grad_logps[rows, None]).neg_()
+            gradient.scatter_add_(-1, self.targets[rows], grad_logps[rows, None])
 
             if isinstance(slope, Tensor) or slope != 1.0:
                 gradient.mul_(slope)
@@ -357,29 +357,29 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        into_logps, into_entropy = grad_outputs
+        grad_logps, grad_entropy = grad_outputs
 
         with torch.autocast(hidden.device.type, enabled=False):
             head = ChunkedHead(weight, bias, *ctx.options)
-            into_weight = into_bias = None
+            grad_weight = grad_bias = None
             if ctx.needs_input_grad[1]:
-                into_weight = torch.zeros_like(weight, dtype=head.wide)
+                grad_weight = torch.zeros_like(weight, dtype=head.wide)
             if ctx.needs_input_grad[2]:
-                into_bias = torch.zeros_like(bias, dtype=head.wide)
+                grad_bias = torch.zeros_like(bias, dtype=head.wide)
 
-            into_hidden = torch.empty_like(hidden)
+            grad_hidden = torch.empty_like(hidden)
             for rows, shaped in tiles_of(len(hidden), head.rows, ctx.shaping):
                 tile = head.evaluate(hidden[rows], targets[rows], shaped)
-                into_hidden[rows] = tile.gradients(
-                    torch.zeros_like(tile.logps) if into_logps is None else into_logps[rows],
-                    None if into_entropy is None else into_entropy[rows],
-                    into_weight,
-                    into_bias,
+                grad_hidden[rows] = tile.gradients(
+                    torch.zeros_like(tile.logps) if grad_logps is None else grad_logps[rows],
+                    None if grad_entropy is None else grad_entropy[rows],
+                    grad_weight,
+                    grad_bias,
                 )
 
-        into_weight = None if into_weight is None else into_weight.to(weight.dtype)
-        into_bias = None if into_bias is None else into_bias.to(bias.dtype)
-        return into_hidden, into_weight, into_bias, None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _FrozenLogProbs(torch.autograd.Function):
@@ -412,5 +412,5 @@ class _FrozenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        into_hidden = ctx.directions * grad_outputs[0][:, None]
-        return into_hidden.to(ctx.dtype), None, None, None, None, None, None
+        grad_hidden = ctx.directions * grad_outputs[0][:, None]
+        return grad_hidden.to(ctx.dtype), None, None, None, None, None, None

@@ -62,15 +62,16 @@ def fused_loss(
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, tiles, sizes, loss, dtype, transform, shaping):
+        # `dtype` says what is computed in; autocast would round sums and gradients once more.
         with torch.autocast(hidden.device.type, enabled=False):
             head = ChunkedHead(weight, bias, dtype, transform)
             total = torch.zeros((), dtype=head.wide, device=hidden.device)
-            into_hidden = torch.zeros(hidden.shape, dtype=head.wide, device=hidden.device)
-            into_weight, into_bias = None, None
+            grad_hidden = torch.zeros(hidden.shape, dtype=head.wide, device=hidden.device)
+            grad_weight, grad_bias = None, None
             if ctx.needs_input_grad[1]:
-                into_weight = torch.zeros_like(weight, dtype=head.wide)
+                grad_weight = torch.zeros_like(weight, dtype=head.wide)
             if ctx.needs_input_grad[2]:
-                into_bias = torch.zeros_like(bias, dtype=head.wide)
+                grad_bias = torch.zeros_like(bias, dtype=head.wide)
 
             start = 0
             for rows, size in zip(tiles, sizes, strict=True):
@@ -80,32 +81,34 @@ class _FusedLoss(torch.autograd.Function):
                 found = head.evaluate(
                     hidden[tile], targets[tile], None if shaping is None else shaping[tile]
                 )
-                share, into_logps, into_entropy = _loss_and_gradients(
+                share, grad_logps, grad_entropy = _loss_and_gradients(
                     loss, rows, found.logps, found.entropy
                 )
                 total += share
 
                 # A tile without a gradient leaves its hidden states at 0.
-                if into_logps is None and into_entropy is None:
+                if grad_logps is None and grad_entropy is None:
                     continue
-                if into_logps is None:
-                    into_logps = torch.zeros_like(found.logps)
-                into_hidden[tile] = found.gradients(
-                    into_logps, into_entropy, into_weight, into_bias
+                if grad_logps is None:
+                    grad_logps = torch.zeros_like(found.logps)
+                grad_hidden[tile] = found.gradients(
+                    grad_logps, grad_entropy, grad_weight, grad_bias
                 )
 
-        ctx.gradients = (into_hidden, into_weight, into_bias)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride] (torch calls it by position)
+        # Freed at once, as they are as large as the head.  They are scaled in place, so that a
+        # second backward pass would be wrong: without them it fails.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = []
         for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
             scaled.append(None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype))
-        return (*scaled, *[None] * 7)
+        return (*scaled, *[None] * 7)  # targets to shaping have no gradient
 
 
 def _loss_and_gradients(
@@ -116,5 +119,5 @@ def _loss_and_gradients(
         share = loss(rows, logps.requires_grad_(), entropy.requires_grad_())
         if not share.requires_grad:
             return share, None, None
-        into_logps, into_entropy = torch.autograd.grad(share, (logps, entropy), allow_unused=True)
-    return share.detach(), into_logps, into_entropy
+        grad_logps, grad_entropy = torch.autograd.grad(share, (logps, entropy), allow_unused=True)
+    return share.detach(), grad_logps, grad_entropy

@@ -151,11 +151,11 @@ class _Linear(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         grad = grad_outputs[0].flatten(0, -2)
 
-        into_input = into_weight = into_bias = None
+        grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            into_input = _linear(grad, weight.t(), None).view(input.shape)
+            grad_input = _linear(grad, weight.t(), None).view(input.shape)
         if ctx.needs_input_grad[1]:
-            into_weight = _linear(grad.t(), input.flatten(0, -2).contiguous().t(), None)
+            grad_weight = _linear(grad.t(), input.flatten(0, -2).contiguous().t(), None)
         if ctx.needs_input_grad[2]:
-            into_bias = grad.sum(0)
-        return into_input, into_weight, into_bias
+            grad_bias = grad.sum(0)
+        return grad_input, grad_weight, grad_bias

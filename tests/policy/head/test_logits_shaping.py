@@ -188,7 +188,7 @@ def test_scores_and_losses_are_of_the_shaped_distribution_whole_and_in_chunks(
         for limit in (None, 30):
             model.zero_grad()
             total = 0.0
-            chunks = logprobs.chunks(batch, limit)
+            chunks = logprobs.cut_batch(batch, limit)
             for chunk in chunks:
                 loss = logprobs.loss(
                     model,

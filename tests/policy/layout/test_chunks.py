@@ -59,7 +59,7 @@ def test_chunks_hold_every_row_once_and_keep_to_the_limit(layout, limit):
     batch, model = make_batch(groups=5, group_size=4), make_model("llama")
     logprobs = LogProbs(PolicySettings(batch_layout=layout, router_aux_loss_coef=0.0))
     for _ in range(2):  # before and after the first model is seen
-        chunks = logprobs.chunks(batch, limit)
+        chunks = logprobs.cut_batch(batch, limit)
         assert sorted(torch.cat(chunks).tolist()) == list(range(20))
         for chunk in chunks:
             run = logprobs._prepare(model, batch.rows(chunk))
@@ -68,9 +68,9 @@ def test_chunks_hold_every_row_once_and_keep_to_the_limit(layout, limit):
 
 def test_no_limit_is_one_chunk_and_no_rows_are_one_too():
     batch, logprobs = make_batch(), LogProbs(PolicySettings())
-    assert [chunk.tolist() for chunk in logprobs.chunks(batch, None)] == [list(range(9))]
+    assert [chunk.tolist() for chunk in logprobs.cut_batch(batch, None)] == [list(range(9))]
     none = batch.rows(torch.tensor([], dtype=torch.int64))
-    assert [len(chunk) for chunk in logprobs.chunks(none, 10)] == [0]
+    assert [len(chunk) for chunk in logprobs.cut_batch(none, 10)] == [0]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
@@ -89,7 +89,7 @@ def test_gradients_of_chunks_add_up_to_that_of_the_whole(name, layout):
 
         expected = gradients(loss(torch.arange(len(batch))), model)
         chunks = [
-            *logprobs.chunks(batch, 20),
+            *logprobs.cut_batch(batch, 20),
             torch.zeros(0, dtype=torch.int64),
         ]  # one of a rank that only takes part
         assert len(chunks) > 3
