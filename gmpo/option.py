@@ -246,11 +246,11 @@ def in_words(member: Any) -> str:
 
 
 def advice(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """Return a sentence about what to use for an option that does not exist; "" if nothing fits."""
+    """Return a sentence about what to use in the place of `name`; "" if nothing fits."""
     if name in GONE:
         return f" {GONE[name]}"
     closest = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {prefix}{closest[0]}?" if closest else ""
+    return f" Did you mean '{prefix}{closest[0]}'?" if closest else ""
 
 
 def parse_dicts(settings: Any) -> None:

@@ -196,7 +196,7 @@ def test_sampling_whose_log_probs_are_known_is_accepted(make, options):
 
 
 def test_an_unknown_option_is_refused_with_the_closest_name(make):
-    with pytest.raises(ValueError, match=r"no option 'epsilom'. Did you mean epsilon\?"):
+    with pytest.raises(ValueError, match=r"no option 'epsilom'. Did you mean 'epsilon'\?"):
         make(epsilom=0.2)
 
 

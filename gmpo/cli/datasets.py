@@ -1,6 +1,5 @@
 """Rows to train on, as the trainer takes them: from the hub, files, folders or tasks."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from gmpo.option import advice
 from gmpo.reward.reasoning_gym import PREFIX, task_rows
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -136,8 +136,9 @@ def with_prompt_column(rows: Any, column: str, spec: str | Sequence[str]) -> Any
     names: Sequence[str] = rows.column_names or list(next(iter(rows)))
     if column not in names:
         usual = [name for name in ("question", "problem") if name in names]
-        close = difflib.get_close_matches(column, names, n=1) or usual
-        hint = f" Did you mean --prompt_column {close[0]}?" if close else ""
+        hint = advice(column, names, prefix="--prompt_column ")
+        if not hint and usual:
+            hint = f" Did you mean '--prompt_column {usual[0]}'?"
         raise ValueError(
             f"{spec!r} has no column {column!r}; its columns are: {', '.join(names)}.{hint}"
         )

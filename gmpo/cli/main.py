@@ -5,7 +5,6 @@ once.
 """
 
 import argparse
-import difflib
 import importlib
 import re
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gmpo
+from gmpo.option import advice
 
 COMMANDS = {  # name -> what it does; the module of that name in this package has `run(arguments)`
     "train": "train a model: gmpo train --config run.yaml [--option value ...]",
@@ -46,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = arguments[position]
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(COMMANDS)}."
+        hint = advice(command, COMMANDS) or f" There are: {', '.join(COMMANDS)}."
         return complain(f"gmpo has no command {command!r}.{hint}")
     rest = arguments[position + 1 :]
     if {"-h", "--help"} & set(rest):

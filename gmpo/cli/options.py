@@ -167,7 +167,7 @@ def unknown_option(name: str, known: Iterable[str], *, source: str = "") -> str:
         flag = f"--{mapping} '{{{key}: ...}}'" if dashes else f"{mapping}: {{{key}: ...}}"
         hint = f" Write it as {flag}."
     elif bare in PEER_NAMES:
-        hint = f" Did you mean {dashes}{PEER_NAMES[bare]}?"
+        hint = f" Did you mean '{dashes}{PEER_NAMES[bare]}'?"
     else:
         hint = advice(bare, known, prefix=dashes) or " gmpo train --help lists the options."
     return f"There is no option {dashes}{bare}{source}.{hint}"

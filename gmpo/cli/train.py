@@ -1,7 +1,6 @@
 """gmpo train: from a YAML file and flags to a trained model."""
 
 import contextlib
-import difflib
 import importlib.util
 import inspect
 import logging
@@ -20,6 +19,7 @@ from gmpo.cli.dry_run import plan
 from gmpo.cli.options import ScriptOptions
 from gmpo.cli.parse import parse
 from gmpo.config import GRPOConfig
+from gmpo.option import advice
 from gmpo.policy.load import check_path, load_tokenizer
 from gmpo.report.plots import training_curves
 from gmpo.report.progress import ProgressLines
@@ -264,9 +264,7 @@ def refuse_unknown(options: Any, known: set[str], owner: str) -> None:
     """Raise a ValueError for a key of `options` that `owner` doesn't know."""
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{owner} has no option {name!r}.{hint}")
+            raise ValueError(f"{owner} has no option {name!r}.{advice(str(name), known)}")
 
 
 def checkpoint_to_resume(script: ScriptOptions) -> str | bool | None:

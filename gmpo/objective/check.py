@@ -71,7 +71,7 @@ def questionable_options(settings: ObjectiveSettings, *, algorithm: str) -> list
 LENGTH_WEIGHS = ("bnpo", "dr_grpo", "dapo", "cispo")
 
 
-def changed_options(settings: ObjectiveSettings) -> dict[str, tuple[Any, Any]]:
+def changed_objective_options(settings: ObjectiveSettings) -> dict[str, tuple[Any, Any]]:
     """Return name -> (value, default) of the objective's options that were changed.
 
     The default is the one of the settings' own class.
@@ -111,7 +111,7 @@ def unread_options(settings: ObjectiveSettings, *, algorithm: str) -> set[str]:
 
 def numbers_are_finite(settings: ObjectiveSettings, name: str) -> Iterator[str]:
     """Refuse infinity and NaN where only numbers make sense."""
-    for option, (value, default) in changed_options(settings).items():
+    for option, (value, default) in changed_objective_options(settings).items():
         if option in FINITE and value is not None and not math.isfinite(value):
             yield (
                 f"{option}={value!r} is not a finite number. Give one, or leave it at {default!r}."
@@ -121,7 +121,7 @@ def numbers_are_finite(settings: ObjectiveSettings, name: str) -> Iterator[str]:
 def options_are_read(settings: ObjectiveSettings, name: str) -> Iterator[str]:
     """Refuse options of other members."""
     readers = readers_of_options()
-    for option, (value, default) in changed_options(settings).items():
+    for option, (value, default) in changed_objective_options(settings).items():
         if name not in readers.get(option, name):
             yield (
                 f"{option}={value!r} does nothing for the objective {name!r}. "
@@ -132,7 +132,7 @@ def options_are_read(settings: ObjectiveSettings, name: str) -> Iterator[str]:
 
 def options_have_their_switch(settings: ObjectiveSettings, name: str) -> Iterator[str]:
     """Refuse options that modify a feature which is off."""
-    for option, (value, default) in changed_options(settings).items():
+    for option, (value, default) in changed_objective_options(settings).items():
         for start, (switch, on) in NEEDS.items():
             if option.startswith(start) and option != switch and not getattr(settings, switch):
                 yield (

@@ -4,7 +4,6 @@ Python (`reward_funcs="accuracy"`) and the command line (`--reward accuracy`) bo
 """
 
 import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -12,12 +11,13 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gmpo.option import advice
 from gmpo.reward.builtin import (
     Accuracy,
     Cosine,
@@ -141,7 +141,7 @@ def load_reward(spec: str) -> RewardFunction:
     if not (":" in name or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name)):
         known = sorted(REWARDS)
         raise ValueError(
-            f"There is no reward {name!r}.{_closest(name, known)} Built in are {', '.join(known)}; "
+            f"There is no reward {name!r}.{advice(name, known)} Built in are {', '.join(known)}; "
             "your own are 'file.py:function' or 'package.module:function', and a reward model is "
             "a folder or 'owner/name'."
         )
@@ -211,7 +211,7 @@ def _imported(name: str) -> RewardFunction:
     if function is None:
         raise ValueError(
             f"{module_name!r} has no function {function_name!r}."
-            f"{_closest(function_name, dir(module))}"
+            f"{advice(function_name, dir(module))}"
         )
     if not callable(function):
         raise ValueError(f"{name!r} is {function!r} ({type(function).__name__}), not a function.")
@@ -259,8 +259,3 @@ def module_from_file(name: str, path: str) -> ModuleType:
 def _find_imports_in(folder: str) -> None:
     if folder not in sys.path:
         sys.path.append(folder)  # last: it must not hide installed packages
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

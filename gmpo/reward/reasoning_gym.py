@@ -4,13 +4,13 @@ A row carries what the verifier needs to draw the same entry again: the task, it
 entry's number.
 """
 
-import difflib
 import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gmpo.option import advice
 from gmpo.reward.text import NUMBER, Completion, answer_text, completion_text, texts_opened
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ def entries_of(task: str, settings: str) -> Any:
     """Return the task's dataset object; `settings` is a JSON object."""
     gym = require_reasoning_gym()
     if task not in gym.factory.DATASETS:
-        close = difflib.get_close_matches(task, gym.factory.DATASETS, n=1)
-        hint = f" Did you mean {PREFIX}{close[0]}?" if close else ""
+        hint = advice(task, gym.factory.DATASETS, prefix=PREFIX)
         raise ValueError(f"reasoning_gym has no task {task!r}.{hint}")
     try:
         return gym.create_dataset(task, **json.loads(settings))

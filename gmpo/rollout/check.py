@@ -1,11 +1,10 @@
 """Combinations of rollout options that can't act together, found before a weight is loaded."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from gmpo.option import check_options
+from gmpo.option import advice, check_options
 from gmpo.rollout.sampling import LOOP_OPTIONS, SAMPLING_OPTIONS, further_options
 from gmpo.rollout.settings import RolloutSettings
 from gmpo.rollout.vllm.sampling import NAMES, check_extra
@@ -163,7 +162,7 @@ def check_batching_config(options: Mapping[str, Any] | str) -> None:
         if name not in known:
             raise ValueError(
                 f"transformers_continuous_batching_config has {name!r}, which can't be set."
-                f"{closest(name, known)}"
+                f"{advice(name, known)}"
             )
 
 
@@ -175,7 +174,7 @@ def check_generation_kwargs(settings: RolloutSettings) -> None:
     if refused:
         raise ValueError(
             f"generation_kwargs has {', '.join(refused)}, which can't act: completions are "
-            f"independent samples of the policy.{closest(refused[0], known)} Remove it, or use one "
+            f"independent samples of the policy.{advice(refused[0], known)} Remove it, or use one "
             f"of {', '.join(known)}."
         )
 
@@ -190,12 +189,6 @@ def check_generation_kwargs(settings: RolloutSettings) -> None:
     budget = extra.get("max_new_tokens", 1)
     if not isinstance(budget, int) or budget < 1:
         raise ValueError(f"generation_kwargs: max_new_tokens={budget!r} must be 1 or more.")
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the name that was meant; empty if none is close."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 # -- log-probs of what is sampled ----------------------------------------------------------------

@@ -157,7 +157,7 @@ print(status, sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
     result = python("-c", code)
     assert result.stdout == "2 []\n"
-    assert "no option --num_generation. Did you mean --num_generations?" in result.stderr
+    assert "no option --num_generation. Did you mean '--num_generations'?" in result.stderr
 
 
 def test_the_help_knows_every_option_and_default():

@@ -173,10 +173,10 @@ def test_text_for_a_number_in_the_file_is_read_as_a_flags_would_be(config_file):
 def test_an_unknown_option_is_refused_with_the_closest_one_in_flags_and_in_the_file(
     config_file, name, closest
 ):
-    with pytest.raises(ValueError, match=rf"no option --{name}. Did you mean --{closest}\?"):
+    with pytest.raises(ValueError, match=rf"no option --{name}. Did you mean '--{closest}'\?"):
         parse([*BASICS, f"--{name}", "1"])
     with pytest.raises(
-        ValueError, match=rf"no option {name} \(in .*run.yaml\). Did you mean {closest}\?"
+        ValueError, match=rf"no option {name} \(in .*run.yaml\). Did you mean '{closest}'\?"
     ):
         parse([*BASICS, "--config", config_file(f"{name}: 1")])
 

@@ -314,7 +314,7 @@ def test_train_can_be_started_as_a_module_by_a_launcher():
     assert done.returncode == 2
     assert (
         done.stderr.splitlines()[0]
-        == "gmpo train: There is no option --datset. Did you mean --dataset?"
+        == "gmpo train: There is no option --datset. Did you mean '--dataset'?"
     )
 
 

@@ -143,7 +143,7 @@ def test_a_bare_number_is_a_number_and_nothing_else():
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        ("chain_sums", {}, r"no task 'chain_sums'. Did you mean reasoning_gym:chain_sum\?"),
+        ("chain_sums", {}, r"no task 'chain_sums'. Did you mean 'reasoning_gym:chain_sum'\?"),
         ("chain_sum", {"max_trms": 2}, "max_trms"),
         ("chain_sum", {"max_terms": 0}, "max_terms must be >= min_terms"),
     ],

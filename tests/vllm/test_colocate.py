@@ -423,6 +423,6 @@ def test_sampling_options_that_vllm_refuses_are_told_before_it_starts(start):
 
 def test_options_that_vllm_does_not_know_are_named(start):
     with pytest.raises(
-        ValueError, match=r"'max_num_seq', which vLLM does not know. Did you mean max_num_seqs\?"
+        ValueError, match=r"'max_num_seq', which vLLM does not know. Did you mean 'max_num_seqs'\?"
     ):
         start(small_policy(), kwargs={"max_num_seq": 1})
