@@ -66,7 +66,10 @@ def refuse_later_arguments(**arguments: object) -> None:
     """Raise a ValueError for arguments of the documented interface that are not there yet."""
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"The argument {name} is not available yet. Leave it out.")
+            raise ValueError(
+                f"The argument {name!r} is not available yet. Leave it out: rewards can be "
+                "computed from the completions without it. CHANGELOG.md says when it comes."
+            )
 
 
 def checked_model(model: object) -> str | PreTrainedModel:

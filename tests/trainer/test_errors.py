@@ -34,7 +34,7 @@ REFUSED = [
     ({"reward_weights": [1.0, 2.0]}, ValueError, "must match"),
     ({"model": "./nowhere/at-all"}, ValueError, "nowhere"),
     ({"model_init_kwargs": {"dtype": "float32"}}, ValueError, "model_init_kwargs"),
-    ({"tools": [print]}, ValueError, "tools is not available yet"),
+    ({"tools": [print]}, ValueError, "'tools' is not available yet"),
     ({"train_dataset": None}, ValueError, "train_dataset"),
     (
         {"train_dataset": STREAM, "dataloader_num_workers": 2},
@@ -163,7 +163,7 @@ def test_without_args_the_folder_is_named_after_model_and_method(tmp_path, monke
             r"GMPOTrainer has no argument 'tokenizer'. It is called processing_class here.",
         ),
         ("beta", r"It is an option: args=GMPOConfig\(beta=...\)"),
-        ("reward_fns", r"Did you mean reward_funcs\?"),
+        ("reward_fns", r"Did you mean 'reward_funcs'\?"),
     ],
 )
 def test_an_argument_that_does_not_exist_is_refused_with_what_to_use(name, message):
