@@ -127,9 +127,7 @@ class Collector:
 
         with self.stopwatch.timed("generate"):
             with raise_on_all_ranks("generate completions"):
-                rollouts = roll_out(
-                    self.engine, requests, self.sampling, self.encoder, version=version
-                )
+                rollouts = roll_out(self.engine, requests, self.sampling, self.encoder)
             num_tokens = sum(len(rollout.ids) for rollout in rollouts)
             self.stopwatch.count_tokens("generate", num_tokens)
         return rollouts
@@ -219,14 +217,8 @@ def roll_out(
     requests: Sequence[Request],
     sampling: Sampling,
     encoder: PromptEncoder,
-    *,
-    version: int,
 ) -> list[Rollout]:
-    """Have the engine write the completions: groups contiguous, in the order of the requests.
-
-    Args:
-        version: Of the weights that were published.
-    """
+    """Have the engine write the completions: groups contiguous, in the order of the requests."""
     rollouts: list[Rollout] = []
     groups = engine.generate(requests, sampling)
     for request, completions in zip(requests, groups, strict=True):
@@ -237,7 +229,6 @@ def roll_out(
                 finish_reason=completion.finish_reason,
                 sampler_logps=completion.logps,
                 support=completion.support,
-                policy_version=version,
                 completion=encoder.decode(request.prompt, completion.ids),
             )
             rollouts.append(rollout)
@@ -331,5 +322,4 @@ def as_batch(
         group=torch.tensor(group, dtype=torch.int64),
         sampler_logps=sampler_logps if reported else None,
         support=TokenSets.padded(supports, lengths.tolist(), width),
-        policy_version=rollouts[0].policy_version if rollouts else 0,
     )

@@ -412,7 +412,7 @@ class GRPOTrainer(ResumableTrainer):
         return 6 * tokens * self._num_parameters
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Do nothing: `Stages.report` counts them, with or without `include_num_input_tokens_seen`."""
+        """Do nothing: `Stages.report` counts them, whatever `include_num_input_tokens_seen` is."""
 
     def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride] (as other RL trainers do)
         self,

@@ -61,9 +61,8 @@ class Rollout:
     sampler_logps: list[float] | None = None
     # [len(ids)], the tokens that each was drawn from; None if always all.
     support: TokenSets | None = None
-    # One per token of ids, false where an environment wrote; None if all are true.
+    # One per token of ids, false where an environment wrote; None until tools are there: all true.
     trained: list[bool] | None = None
-    policy_version: int = 0  # of the weights that wrote it
     # Decoded, in the form of the prompt: text, or a list of messages.
     completion: str | Messages = ""
 
@@ -99,7 +98,6 @@ class Batch:
     sampler_logps: Tensor | None = None  # [B, T]
     # [B, T], the tokens that each was drawn from; None if always all
     support: TokenSets | None = None
-    policy_version: int = 0
     # [B] int64, number of the row in the dataset, -1 if unknown; None if all are
     dataset_rows: Tensor | None = None
 

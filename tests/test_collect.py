@@ -30,9 +30,7 @@ class Scripted:
 def test_rollouts_stand_in_the_order_of_the_requests_with_their_completions_decoded():
     encoder = PromptEncoder(tiny_tokenizer(), RolloutSettings(), eos=(1,), pad=0)
     first, second = encoder.encode([{"prompt": "a"}, {"prompt": "b"}])
-    got = roll_out(
-        Scripted(), [Request(first, 2, 0), Request(second, 3, 1)], Sampling(4), encoder, version=5
-    )
+    got = roll_out(Scripted(), [Request(first, 2, 0), Request(second, 3, 1)], Sampling(4), encoder)
     assert [rollout.prompt for rollout in got] == [first, first, second, second, second]
     assert [rollout.completion for rollout in got] == ["b", "c", "d", "e", "f"]
     assert [rollout.truncated for rollout in got] == [True, False, True, False, True]
@@ -44,13 +42,12 @@ def test_rollouts_stand_in_the_order_of_the_requests_with_their_completions_deco
         None,
     ]
     assert got[1].ids == [WORDS.index("c"), 1]
-    assert {rollout.policy_version for rollout in got} == {5}
 
 
 def test_messages_are_answered_by_a_message():
     encoder = PromptEncoder(tiny_tokenizer(), RolloutSettings(), eos=(1,), pad=0)
     (prompt,) = encoder.encode([{"prompt": [{"role": "user", "content": "a"}]}])
-    (rollout,) = roll_out(Scripted(), [Request(prompt, 1, 0)], Sampling(4), encoder, version=0)
+    (rollout,) = roll_out(Scripted(), [Request(prompt, 1, 0)], Sampling(4), encoder)
     assert rollout.completion == [{"role": "assistant", "content": "b"}]
 
 

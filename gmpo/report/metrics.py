@@ -160,14 +160,13 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     @contextmanager
-    def timed(self, name: str, *, tokens: float = 0) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         """Count the block's time as `name`.
 
         On CUDA it waits for the block's kernels, which would count elsewhere otherwise.
 
         Args:
             name: "generate", "reward", "old_logps", "learn", "publish" or another.
-            tokens: What the block handles, if it is known before; `count_tokens` adds to it later.
         """
         start = time.perf_counter()
         self._inner.append(0.0)
@@ -180,7 +179,6 @@ class Stopwatch:
             own = elapsed - self._inner.pop()
             self._inner[-1] += elapsed
             self._seconds[name] = self._seconds.get(name, 0.0) + own
-            self.count_tokens(name, tokens)
 
     def count_tokens(self, name: str, tokens: float) -> None:
         """Count `tokens` of this rank as handled by the part `name`."""

@@ -164,7 +164,8 @@ def test_an_inner_block_takes_its_seconds_from_the_outer_one(clock):
 def test_the_parts_add_up_to_the_wall_time_over_several_blocks(clock):
     watch = Stopwatch()
     for _ in range(3):
-        with watch.timed("learn", tokens=50):
+        with watch.timed("learn"):
+            watch.count_tokens("learn", 50)
             clock(0.5)
         clock(0.1)
     statistics = watch.drain(steps=3)
@@ -176,11 +177,13 @@ def test_the_parts_add_up_to_the_wall_time_over_several_blocks(clock):
 
 def test_a_pause_counts_nowhere(clock):
     watch = Stopwatch()
-    with watch.timed("learn", tokens=5):
+    with watch.timed("learn"):
+        watch.count_tokens("learn", 5)
         clock(1.0)
         with watch.paused():
             clock(10.0)
-            with watch.timed("generate", tokens=100):
+            with watch.timed("generate"):
+                watch.count_tokens("generate", 100)
                 clock(20.0)
         clock(0.5)
     clock(0.25)
@@ -194,7 +197,8 @@ def test_a_pause_counts_nowhere(clock):
 
 def test_a_drained_stopwatch_starts_anew(clock):
     watch = Stopwatch()
-    with watch.timed("learn", tokens=50):
+    with watch.timed("learn"):
+        watch.count_tokens("learn", 50)
         clock(1.0)
     watch.drain(steps=1)
     clock(0.5)
