@@ -103,9 +103,12 @@ class Metrics:
         means = zip(names["means"], totals, strict=True)
 
         figures = {name: total / count for name, (total, count) in means if count != 0}
-        for kind, values in (("minima", lowest), ("maxima", highest)):
+        for kind, values, of_nothing in (
+            ("minima", lowest, math.inf),
+            ("maxima", highest, -math.inf),
+        ):
             for name, value in zip(names[kind], values, strict=True):
-                if math.isfinite(value) or math.isnan(value):
+                if value != of_nothing:
                     figures[name] = value
         return figures
 
