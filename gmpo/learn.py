@@ -118,6 +118,12 @@ class Learner:
     Args:
         args: The config.
         accelerator: The Trainer's own.
+        objective: The loss of log-probs and advantages.
+        entropy_bonus: Gives the weight of the entropy bonus in each step.
+        logprobs: Runs the model.
+        metrics: Gets the figures of each optimizer step.
+        stopwatch: Counts the seconds of a selection by entropy.
+        nonfinite_steps: Checks the gradient of each optimizer step.
         backward: Runs the backward pass of a loss.
     """
 

@@ -40,8 +40,12 @@ class OptimizerBatches:
 
     Args:
         args: The config.
-        report: Told of every collection that was made for training.
+        collector: Makes the collections.
+        learner: Takes the gradients; its settings say which rows may be skipped.
+        logprobs: Computes the old log-probs and the reference's.
+        reference: The frozen policy of the KL term; None without one.
         policy_version: Counts the states of the policy's weights.
+        report: Called with every collection that is made for training.
     """
 
     def __init__(
