@@ -106,7 +106,7 @@ def lora() -> Any:
 
 
 def fingerprints(model: Any) -> dict[str, str]:
-    """A hash of every weight that is not an adapter's, by the name that it has without adapters."""
+    """Return a hash of every weight that is not an adapter's, by the name that it has without adapters."""
     return {
         name.replace(".base_layer", ""): hashlib.sha256(
             value.contiguous().numpy().tobytes()

@@ -35,7 +35,7 @@ class Side:
 
 
 def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +51,7 @@ def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentPar
 
 
 def model_options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """Those of the benchmarks that run a model."""
+    """Return a parser that also has the options of the benchmarks that run a model."""
     parser = options(description, rounds=rounds)
     parser.add_argument(
         "--model",
@@ -73,7 +73,7 @@ def model_folder(args: argparse.Namespace) -> str:
 
 
 def both(**arguments: Any) -> dict[str, Side]:
-    """The sides that can run, gmpo first; says on the console if the peer can't."""
+    """Return the sides that can run, gmpo first; say on the console if the peer can't."""
     sides = {"gmpo": Side(sys.executable, {"side": "gmpo", **arguments})}
     peer = peer_python()
     if peer is None:
@@ -83,7 +83,7 @@ def both(**arguments: Any) -> dict[str, Side]:
 
 
 def alternate(program: str, sides: Mapping[str, Side], *, rounds: int, warmup: int) -> Replies:
-    """A B A B: every side once per round, each in a process that stays alive and waits while the other one works."""
+    """Run A B A B: every side once per round, each in a process that stays alive and waits while the other one works."""
     replies: Replies = {side: [] for side in sides}
     with contextlib.ExitStack() as stack:
         workers = {
@@ -108,7 +108,7 @@ def alternate(program: str, sides: Mapping[str, Side], *, rounds: int, warmup: i
 
 
 def undisturbed(work: Callable[[], Any], pid: int, *, tries: int = TRIES) -> Any:
-    """What `work` gives, done again where other processes than `pid` have taken a part of the processors meanwhile."""
+    """Return what `work` gives, done again where other processes than `pid` have taken a part of the processors meanwhile."""
     while True:
         tries -= 1
         before, start = others_seconds(pid), time.perf_counter()
@@ -140,7 +140,7 @@ def others_seconds(pid: int) -> float:
 
 
 def median(replies: Replies, side: str, name: str) -> float:
-    """The median over the rounds; NaN for a side that did not run."""
+    """Return the median over the rounds; NaN for a side that did not run."""
     return (
         statistics.median(reply[name] for reply in replies[side])
         if side in replies
@@ -164,7 +164,7 @@ def spread(values: Sequence[float]) -> str:
 def ratio(
     replies: Replies, name: str = "seconds", *, over: str = "peer", under: str = "gmpo"
 ) -> str:
-    """How often the median of the side `under` goes into that of the side `over`."""
+    """Return the median of the side `over`, divided by the median of the side `under`."""
     return (
         f"{median(replies, over, name) / median(replies, under, name):.2f}"
         if over in replies
@@ -177,7 +177,7 @@ def gigabytes(replies: Replies, side: str) -> str:
 
 
 def peak_share(replies: Replies) -> str:
-    """gmpo's peak memory in units of the peer's."""
+    """Return gmpo's peak memory in units of the peer's."""
     return f"{peak(replies, 'gmpo') / peak(replies, 'peer'):.2f}" if "peer" in replies else "-"
 
 
@@ -186,7 +186,7 @@ def peak(replies: Replies, side: str) -> float:
 
 
 def table(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> str:
-    """A Markdown table: one line per row, each column a function of it."""
+    """Return a Markdown table: one line per row, each column a function of it."""
     lines = [
         list(columns),
         ["---"] * len(columns),
@@ -214,19 +214,19 @@ def report(name: str, title: str, text: str, args: argparse.Namespace) -> Path:
 
 
 def without_folder(arguments: Sequence[str]) -> list[str]:
-    """The command line without where the results and the model lie on this machine."""
+    """Return the command line without where the results and the model lie on this machine."""
     text = " ".join(arguments)
     return re.sub(r"--(results|model)[ =](\S*/\S*)", "", text).split()
 
 
 def run_name() -> str:
-    """One file per day and device."""
+    """Return the name of a run's file: one per day and device."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return f"{datetime.date.today().isoformat()}-{'-'.join(device.lower().split())}"
 
 
 def read_sections(path: Path) -> dict[str, str]:
-    """What stands in a file of results already, by heading."""
+    """Return what a file of results holds already, by heading."""
     if not path.exists():
         return {}
     parts = re.split(r"(?m)^## ", path.read_text(encoding="utf-8"))[1:]
@@ -252,7 +252,7 @@ def header() -> str:
 
 
 def cpu() -> str:
-    """The processor's name, as far as the system tells."""
+    """Return the processor's name, as far as the system tells."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

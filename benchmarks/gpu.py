@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """The sizes that are measured."""
 
     prompt: int
     completions: int

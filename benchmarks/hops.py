@@ -1,4 +1,4 @@
-"""How many files and frames a reader passes in one update, counted with `sys.setprofile`.
+"""Files and frames that a reader passes in one update, counted with `sys.setprofile`.
 
     python -m benchmarks.hops
 

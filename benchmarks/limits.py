@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: matrix products, and the weights of a model through few rows.
+"""The best that this machine can do, measured: matrix products, and the weights of a model through few rows.
 
     python -m benchmarks.limits [--model FOLDER]
 
@@ -36,7 +36,7 @@ class Limits:
 
     @cache  # noqa: B019 (there is one of these objects)
     def decoding(self, rows: int) -> float:
-        """Seconds of a pass of `rows` tokens through all weights, which no cache holds."""
+        """Return the seconds of a pass of `rows` tokens through all weights, which no cache holds."""
         inputs = {
             w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device)
             for w in self.linears
@@ -52,12 +52,12 @@ class Limits:
         return sum(weight.nbytes for weight in self.linears)
 
     def learning(self, tokens: float, scored: float) -> float:
-        """Seconds of forward and backward of `tokens`, `scored` of which go through the head."""
+        """Return the seconds of forward and backward of `tokens`, `scored` of which go through the head."""
         *inner, head = self.linears
         return 6 * (tokens * sum(w.numel() for w in inner) + scored * head.numel()) / self.rate
 
     def reading(self, tokens: float) -> float:
-        """Seconds of a forward pass of prompts."""
+        """Return the seconds of a forward pass of prompts."""
         return 2 * tokens * sum(weight.numel() for weight in self.linears[:-1]) / self.rate
 
     @property
@@ -85,7 +85,7 @@ def measured(model: str, dtype: torch.dtype = torch.float32) -> Limits:
 
 
 def products(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second in a product of two square matrices, by the faster one of torch's own way and oneDNN."""
+    """Return the operations per second in a product of two square matrices, by the faster one of torch's own way and oneDNN."""
     left, right = (torch.randn(SIZE, SIZE, dtype=dtype, device=device) for _ in range(2))
     return 2 * SIZE**3 / min(fastest(partial(how, left, right)) for how in WAYS)
 

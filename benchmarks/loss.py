@@ -72,7 +72,7 @@ def group(
 
 
 def without_signal(model: str, args: argparse.Namespace) -> compare.Replies:
-    """gmpo's training steps on a collection with half of its advantages 0, for both values of zero_signal_groups."""
+    """Time gmpo's training steps on a collection with half of its advantages 0, for both values of zero_signal_groups."""
     with tempfile.TemporaryDirectory() as folder:
         batch = str(Path(folder, "batch.safetensors"))
         rows = random_rows(model, GROUPS, 50, USUAL)

@@ -1,4 +1,4 @@
-"""The peer, TRL, in a process and an environment of its own.  gmpo never imports it, nor does this file.
+"""The peer, TRL, in a separate process and environment.  gmpo never imports it, nor does this file.
 
 A program is a function `program(channel, **arguments)` in a module below the repository's root, named
 "package.module:function".  `Worker` starts one in any Python and talks to it: one JSON object per line and direction.
@@ -23,7 +23,7 @@ MISSING = (
 
 
 def peer_python() -> str | None:
-    """The Python of the peer's environment: `GMPO_PEER_PYTHON`, else .venv-peer; None where there is neither.
+    """Return the Python of the peer's environment: `GMPO_PEER_PYTHON`, else .venv-peer; None where there is neither.
 
     Raises:
         ValueError: If the variable names a file that does not exist.
@@ -40,7 +40,7 @@ def peer_python() -> str | None:
 
 
 class Worker:
-    """A program in a process of its own.  A context manager, which ends the process."""
+    """A program in a separate process.  A context manager, which ends the process."""
 
     def __init__(self, python: str, program: str, **arguments: Any):
         self.program = program
@@ -79,7 +79,7 @@ class Worker:
         self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """The program's next message.
+        """Return the program's next message.
 
         Raises:
             RuntimeError: If the program ended; its own error stands in the standard error above.
@@ -111,7 +111,7 @@ class Channel:
         self._replies.flush()
 
     def receive(self) -> dict[str, Any] | None:
-        """The next message; None when the other side wants no more."""
+        """Return the next message; None when the other side wants no more."""
         line = sys.stdin.readline()
         return json.loads(line) if line else None
 

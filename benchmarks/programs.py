@@ -1,4 +1,4 @@
-"""What the benchmarks run, in a process per side: the same code with another import line.
+"""The programs of the benchmarks, in a process per side: the same code with another import line.
 
 Started by `benchmarks.peer.Worker`, in gmpo's own environment or in the peer's.
 """
@@ -41,7 +41,7 @@ PARTS = {  # where a step's time goes: (path from the trainer to what is called,
 def make_trainer(
     side: str, *, model: str, prompts: list[Any], reward: Callable[..., Any], options: dict
 ) -> Any:
-    """The side's GMPOTrainer, in a scratch folder, with nothing logged or saved."""
+    """Return the side's GMPOTrainer, in a scratch folder, with nothing logged or saved."""
     from datasets import Dataset
 
     warnings.filterwarnings("ignore")
@@ -76,7 +76,7 @@ class Parts:
         self._inner = [0.0]  # seconds of finished calls, one entry per open call
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, adding the seconds that it takes to `part`."""
+        """Return `function`, adding the seconds that it takes to `part`."""
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ class Parts:
         setattr(owner, name, self.timed(part, getattr(owner, name)))
 
     def drain(self, total: float) -> dict[str, float]:
-        """The parts of `total` seconds, and count anew."""
+        """Return the parts of `total` seconds, and start to count again."""
         parts, self.seconds, self._inner = self.seconds, {}, [0.0]
         other = total - sum(seconds for part, seconds in parts.items() if part != "other")
         return {**parts, "other": other}
@@ -119,7 +119,7 @@ def steps(
     counts, parts = {"tokens": 0, "longest": 0}, Parts()
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """Numbers that are never all equal, so that every group has something to learn."""
+        """Return numbers that are never all equal, so that every group has something to learn."""
         counts["tokens"] += sum(map(len, completion_ids))
         counts["longest"] = max(counts["longest"], *map(len, completion_ids))
         return [hashlib.sha256(str(ids).encode()).digest()[0] / 255 for ids in completion_ids]
@@ -310,7 +310,7 @@ def head(
 def gmpo_head(
     states: Tensor, linear: Any, targets: Tensor, weights: Tensor, completion: int
 ) -> Tensor:
-    """Tiles of as many whole completions as fit."""
+    """Compute in tiles of as many whole completions as fit."""
     from gmpo.policy.head.chunked import tile_rows
     from gmpo.policy.head.fused import fused_loss
 
@@ -355,14 +355,14 @@ HEADS = {"gmpo": gmpo_head, "two passes": two_passes, "peer": peer_head}
 
 
 def clock() -> float:
-    """Seconds, when everything asked of the device so far is done."""
+    """Return the time in seconds, when everything asked of the device so far is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_bytes() -> int:
-    """The most memory so far: allocated on the GPU, or resident of this process where there is none."""
+    """Return the most memory so far: allocated on the GPU, or resident of this process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
@@ -380,7 +380,7 @@ def reset_peak() -> int:
 
 
 def memory_line(name: str) -> int:
-    """Bytes of a line in /proc/self/status."""
+    """Return the bytes of a line in /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

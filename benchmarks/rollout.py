@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout [--model FOLDER] [--rounds 5]
 
-Both sides sample from the same distribution (temperature 1, no truncation), each with random numbers of its own, so the
+Both sides sample from the same distribution (temperature 1, no truncation), each with its own random numbers, so the
 lengths of their completions differ a little: the table gives tokens beside seconds.  `generate` gets what trainers
 give it: every prompt once per completion, padded on the left.
 """

@@ -1,4 +1,4 @@
-"""How the time of a training step grows: with the group, the prompt and the completion, beside the tokens in it.
+"""The growth of a training step's time: with the group, the prompt and the completion, beside the tokens in it.
 
     python -m benchmarks.scaling [--model FOLDER] [--rounds 2]
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measured(model: str, sizes: dict[str, int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the steps of one trainer took, the first ones left out."""
+    """Return what the steps of one trainer took, the first ones left out."""
     parts = Parts()
     trainer = make_trainer(
         "gmpo",
@@ -100,7 +100,7 @@ def measured(model: str, sizes: dict[str, int], args: argparse.Namespace) -> lis
 
 
 def prompt_of(model: str, tokens: int) -> str:
-    """A text of exactly so many tokens."""
+    """Return a text of exactly so many tokens."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(" and then it went on" * tokens)["input_ids"][:tokens]
     text = tokenizer.decode(ids)
@@ -125,7 +125,7 @@ class Clocked(TrainerCallback):
 
 
 def plot(points: list[Point], path: Path) -> None:
-    """Seconds against distinct tokens, one line per varied size."""
+    """Plot seconds against distinct tokens, one line per varied size."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.step [--model FOLDER] [--rounds 5] [--prompt-tokens 50 330] [--updates 1]
 
-Both sides get the same prompts in the same order, the same options and sampling settings; each samples with random
-numbers of its own, so the completions' lengths differ, and the table says how many tokens each side wrote.  Rewards are
+Both sides get the same prompts in the same order, the same options and sampling settings; each samples with its own
+random numbers, so the completions' lengths differ, and the table says how many tokens each side wrote.  Rewards are
 never all equal: no group is skipped.
 
 The second table tells where the seconds go, and the least that this machine could need for it, see `limits.py`.
@@ -83,7 +83,7 @@ def measured(model: str, size: int, args: Any) -> compare.Replies:
 
 
 def prompts_of(model: str, size: int, *, count: int) -> list[list[dict[str, str]]]:
-    """`count` questions of about `size` tokens each in the model's chat template, none longer."""
+    """Return `count` questions of about `size` tokens each in the model's chat template, none longer."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
 
     def messages(number: int, sentences: int) -> list[dict[str, str]]:
@@ -118,7 +118,7 @@ def part_of(row: Row, side: str, part: str) -> float:
 
 
 def least(machine: Limits, row: Row, part: str) -> float | None:
-    """Seconds that a part needs at least, for the tokens that gmpo wrote."""
+    """Return the seconds that a part needs at least, for the tokens that gmpo wrote."""
     rows = row.prompts * GROUP
     written = compare.median(row.replies, "gmpo", "tokens")
     prompts = row.prompts * row.prompt_tokens

@@ -124,7 +124,7 @@ def run(engine: str, model: Path, folder: Path, args: argparse.Namespace) -> Res
 
 @contextmanager
 def server(model: Path, dtype: str, folder: Path) -> Iterator[list[str]]:
-    """A server of the model; gives the flags that name it."""
+    """Run a server of the model; yield the flags that name it."""
     with socket.socket() as it:
         it.bind(("127.0.0.1", 0))
         port = it.getsockname()[1]
@@ -154,12 +154,12 @@ def server(model: Path, dtype: str, folder: Path) -> Iterator[list[str]]:
 
 
 def end_with_parent() -> None:
-    """For a child before it becomes its program: it gets SIGTERM when its parent ends, even if that was killed."""
+    """Have this child get SIGTERM when its parent ends, even if that was killed, before it becomes its program."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def logged(folder: Path) -> Result:
-    """Seconds per step and their parts after the first steps, the reward of the last quarter, how far logs differ."""
+    """Return the seconds per step and their parts after the first steps, the reward of the last quarter, how far logs differ."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_time" in line]
     late = [line for line in steps if line["step"] > WARMING_UP]
