@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 
 .PHONY: demo test test-vllm lint types docs package bench peer clean
 
-# tests/parity and benchmarks/ run the peer in an environment of its own, where there is one
+# tests/parity and benchmarks/ run the peer in its own environment, where there is one
 export GMPO_PEER_PYTHON ?= $(if $(wildcard $(PEER)/ready),$(abspath $(PEER)/bin/python))
 
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -128,7 +128,7 @@ def name_of(model: nn.Module) -> str:
 def tokenizer_of(
     processing_class: object, model: str | nn.Module, args: GRPOConfig
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer: the given one, that of a given processor, or the model's own.
+    """Return the tokenizer: the given one, a given processor's, or the model's own.
 
     Raises:
         TypeError: If `processing_class` is neither.

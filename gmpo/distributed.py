@@ -99,7 +99,7 @@ def pad_to_max_count(parts: list[Tensor]) -> list[Tensor]:
 
 
 class RankError(RuntimeError):
-    """An error of other ranks, raised on a rank that has none of its own.
+    """An error of other ranks, raised on a rank that has none itself.
 
     Args:
         message: Which ranks failed, at what, with which errors.

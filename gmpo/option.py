@@ -1,4 +1,4 @@
-"""How an option is declared: its default, its legal values and what it does, in one place.
+"""The declaration of an option: its default, its legal values and what it does, in one place.
 
 Every stage's `settings.py` is a dataclass whose fields are made by `option`.  `check_options` holds
 the legal values, `docs/configuration.md` prints the help texts, and the command line shows them.

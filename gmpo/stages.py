@@ -49,14 +49,14 @@ class Stages:
 
     Args:
         args: The config.
-        policy: Gives the policy without DDP, DeepSpeed or compile around it, as it is now.
-        encoder: Dataset rows to prompts.
-        sources: Whatever scores.
+        policy: Returns the policy as it is now, without DDP, DeepSpeed or compile around it.
+        encoder: Turns dataset rows into prompts.
+        sources: What scores the completions.
         reference: The frozen policy of the KL term; None without one.
         accelerator: The Trainer's own.
         backward: Runs the backward pass of a loss.
         replacements: Prompts for groups without signal, if they are to be replaced.
-        callbacks: Gives the Trainer's callbacks.
+        callbacks: Returns the Trainer's callbacks.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Stages:
             self.reference_sync = ReferenceSync(
                 reference, alpha=args.ref_model_mixup_alpha, steps=args.ref_model_sync_steps
             )
-        # Tensors that a resumed run could not make again from the model that it is given.
+        # Tensors that a resumed run could not rebuild from the model that it is given.
         if isinstance(reference, AdapterCopy) or self.reference_sync is not None:
             assert isinstance(reference, FrozenCopy | AdapterCopy)
             self.reference_state = ReferenceState(reference, keep=args.should_save)
@@ -174,7 +174,7 @@ class Stages:
 
     @property
     def stateful_parts_of_rank(self) -> dict[str, Stateful]:
-        """Parts that hold state between steps, on each rank another one."""
+        """Parts that hold state between steps, which differs from rank to rank."""
         return {
             "optimizer_batches": self.optimizer_batches,
             "metrics": self.metrics,
@@ -182,7 +182,7 @@ class Stages:
         }
 
     def reset(self) -> None:
-        """Forget what a former training left behind that did not end."""
+        """Forget what an interrupted training left behind."""
         self.optimizer_batches.reset()
         self.metrics.load_state_dict({})
         self.completion_log.reset()
@@ -220,7 +220,7 @@ class Stages:
 
 
 class BetweenSteps(TrainerCallback):
-    """Moves what the Trainer does not know of, between its steps."""
+    """A callback that moves, between steps, the state that the Trainer does not know of."""
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
@@ -246,7 +246,7 @@ class BetweenSteps(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell everybody that the policy has moved, and have the last step logged."""
+        """Tell all parts that the policy has moved, and have the last step logged."""
         self.stages.policy_version.moved()
         self.stages.learner.end_step()
         if self.stages.reference_sync is not None:
@@ -257,6 +257,6 @@ class BetweenSteps(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of completions and files."""
+        """Release completions and close files."""
         self.stages.optimizer_batches.reset()
         self.stages.completion_log.close()

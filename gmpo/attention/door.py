@@ -1,7 +1,7 @@
 """The door through which the attention layers of transformers' models come here, for a while.
 
 transformers looks up the attention function of a layer by a name in the model's config.  Who has
-registered a function of its own under a name switches a model to it within a block.
+registered its own function under a name switches a model to it within a block.
 """
 
 import sys

@@ -15,7 +15,7 @@ HIDDEN = -1e30  # score of a key that is not seen; finite, as is the weight of a
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """How a layer weighs what it sees."""
+    """A layer's rules for weighing what it sees."""
 
     scale: float
     softcap: float | None = None  # bound of the scores

@@ -33,7 +33,7 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How far back the tokens of a layer see, in positions."""
+    """The distance, in positions, that the tokens of a layer see back."""
 
     window: int | None = None  # tokens that are seen, the token itself included; None for all
     chunk: int | None = None  # only positions of the same run of so many; None for all

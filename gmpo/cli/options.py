@@ -1,4 +1,4 @@
-"""What `gmpo train` takes beside the trainer's own options, and how a wrong name is refused.
+"""Options of `gmpo train` beside the trainer's own, and the refusal of wrong names.
 
 Nothing heavy is imported here, so that help and a typo are answered at once.
 """
@@ -47,7 +47,7 @@ PEER_KEYS = {  # ... and what is one key of a mapping here: name -> (option, key
 
 @dataclass
 class ScriptOptions:
-    """What `gmpo train` needs beside the trainer's config."""
+    """Options of `gmpo train` beside the trainer's config."""
 
     model: str | None = option(None, "Name or path of the model to train.")
     dataset: Any = option(  # one text, or a list of files

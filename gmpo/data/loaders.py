@@ -18,7 +18,7 @@ PROMPT_COLUMNS = ("prompt", "chat_template_kwargs")  # that gmpo itself reads
 
 
 class EpochListener(Protocol):
-    """What orders the rows of an epoch."""
+    """A sampler or dataset that orders the rows of an epoch."""
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of `epoch`, from 0."""

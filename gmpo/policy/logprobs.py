@@ -45,7 +45,7 @@ from gmpo.unwrap import unwrap, without_ddp
 
 @dataclass(frozen=True, slots=True)
 class _ForwardPass:
-    """What the stand-in for the head needs in one forward pass."""
+    """The facts of one forward pass that the stand-in for the head needs."""
 
     batch: Batch
     layout: Layout

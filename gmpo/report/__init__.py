@@ -1,4 +1,4 @@
-"""What happened, for people and programs: metrics, completions, cards, plots.
+"""Reports of what happened, for people and programs: metrics, completions, cards, plots.
 
 metrics.py      figures on their way to the log; where the seconds go
 completions.py  what the policy wrote and how it was scored

@@ -48,7 +48,7 @@ class JsonlCallback(TrainerCallback):
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add `line` to `path`; what a crash cut short before it stays a line of its own."""
+    """Add `line` to `path`; what a crash cut short before it stays a separate line."""
     with path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)

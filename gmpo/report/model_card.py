@@ -52,7 +52,7 @@ METHODS = {
 }""",
     ),
 }
-VARIANTS = {  # loss types of the GRPO family with a paper of their own
+VARIANTS = {  # loss types of the GRPO family with a separate paper
     "dr_grpo": ("Dr. GRPO", "2503.20783"),
     "dapo": ("DAPO", "2503.14476"),
     "cispo": ("CISPO", "2506.13585"),

@@ -263,7 +263,7 @@ class Cosine:
     """Accuracy that depends on length: short right answers and long wrong ones get more.
 
     The value goes from its bound at 0 tokens to its bound at max_completion_length along half a
-    cosine.  Correctness is that of `accuracy`, with its columns.
+    cosine.  Correctness is what `accuracy` finds, with its columns.
 
     Source: arXiv:2502.03373, appendix C.1.
 

@@ -1,6 +1,6 @@
 """The reward `code`: run the program in a completion against tests, apart from the training.
 
-Each run is a process of its own, in an empty directory, without network, with limits on CPU time,
+Each run is a separate process, in an empty directory, without network, with limits on CPU time,
 memory, file sizes and open files; what it started is killed with it.  This stops accidents and
 lazy cheats: endless loops, fork bombs, full disks, `exit(0)` before the tests.  It is no wall
 against a determined attacker: the program runs as the same user, can read what that user can read

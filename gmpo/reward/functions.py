@@ -191,7 +191,7 @@ class PooledReward(FunctionReward):
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a function can be given by keyword."""
+    """The keywords that a function can be given."""
 
     names: frozenset[str] | None  # None if it takes every keyword, or does not say
     required: tuple[str, ...]
@@ -315,7 +315,7 @@ def refuse_reserved(columns: Iterable[str]) -> None:
 def function_name(function: Callable[..., Any]) -> str:
     """Return a function's name for the metrics.
 
-    Of a partial it is the name of what it wraps; of an object without a name, that of its class.
+    Of a partial it is the name of what it wraps; of an object without a name, its class's name.
     """
     while isinstance(function, partial):
         function = function.func

@@ -1,6 +1,6 @@
 """Worker processes for rewards: each call has limits, and a process that breaks one is killed.
 
-A worker is a fresh interpreter that runs `worker.py`, in a session of its own.  It is started by
+A worker is a fresh interpreter that runs `worker.py`, in its own session.  It is started by
 `exec` rather than by a fork of the trainer or by multiprocessing's spawn: a fork would copy the
 locks of torch's threads, and a spawn would run the user's script a second time.
 
@@ -40,7 +40,7 @@ _START_S = 300.0  # to start a worker, and to import what it is to call
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one call may take before its process is killed; None sets no limit."""
+    """Limits of one call, past which its process is killed; None sets no limit."""
 
     wall_s: float | None = None
     cpu_s: float | None = None
@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one call."""
+    """The outcome of one call."""
 
     value: Any = None  # the answer, as JSON can carry it
     lost: str | None = None  # why the process ended instead of answering

@@ -24,7 +24,7 @@ _ORIGIN = ("revision", "token", "cache_dir", "local_files_only", "force_download
 
 @dataclass(frozen=True, slots=True)
 class RewardModelSettings:
-    """How reward models are loaded and run."""
+    """Options that reward models are loaded and run with."""
 
     # For from_pretrained; the dtype is float32 if none is named.
     init_kwargs: Mapping[str, Any] | None = None

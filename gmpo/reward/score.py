@@ -36,7 +36,7 @@ _warned_of_unscored: set[tuple[int, ...]] = set()
 
 @dataclass(slots=True)
 class Scored:
-    """What the sources said about the N completions of this rank."""
+    """Answers of the sources about the N completions of this rank."""
 
     rewards: Tensor  # [N, F] float64 on the CPU; NaN: not scored
     extra: dict[str, list[Any]] = field(default_factory=dict)  # column -> N values, from log_extra
@@ -109,7 +109,7 @@ def score(
 
 @dataclass(slots=True)
 class Remarks:
-    """What one source leaves in the log beside its scores."""
+    """Remarks that one source leaves in the log beside its scores."""
 
     name: str
     num_rows: int

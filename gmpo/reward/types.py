@@ -1,4 +1,4 @@
-"""What a reward is asked, and what anything that scores looks like."""
+"""The question that a reward is asked, and the interface of anything that scores."""
 
 import copy
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from gmpo.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class RewardCall:
-    """What a source is asked about: N completions of this rank, and where to leave remarks."""
+    """The question to a source: N completions of this rank, and where to leave remarks."""
 
     rollouts: Sequence[Rollout]
     columns: Mapping[str, list[Any]]  # the other columns of the dataset, N values each

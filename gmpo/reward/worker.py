@@ -1,4 +1,4 @@
-"""What a worker process of `pool.py` runs: it calls functions, and writes what they answer.
+"""The program of a worker process of `pool.py`: it calls functions, and writes what they answer.
 
 Questions come as pickles on stdin, from the parent only; answers go out as lines of JSON.  Nothing
 heavy is imported here, so that a worker starts in a fraction of a second.
@@ -62,7 +62,7 @@ class RowReward:
 
 @dataclass(slots=True)
 class Notes:
-    """What a function logs beside its score."""
+    """Remarks that a function logs beside its score."""
 
     extra: dict[str, Any] = field(default_factory=dict)
     metrics: list[tuple[str, Any]] = field(default_factory=list)

@@ -20,7 +20,7 @@ from gmpo.rollout.settings import RolloutSettings
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine is made of."""
+    """The parts that an engine is built from."""
 
     settings: RolloutSettings
     policy: Callable[[], PreTrainedModel]

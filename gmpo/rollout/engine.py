@@ -17,7 +17,7 @@ class Request:
     the tokens `so_far`, which are never tokenised again.
 
     Example:
-        Sample 2 of a group goes on after 30 tokens of its own and 12 of a tool's answer, with 70
+        Sample 2 of a group goes on after 30 own tokens and 12 of a tool's answer, with 70
         left of its budget: Request(prompt, 1, seed, first=2, so_far=those 42, max_new_tokens=70).
     """
 

@@ -38,12 +38,12 @@ from gmpo.run.resume_options import apply_to_optimizer, check_resumed, facts_of,
 from gmpo.run.signals import SignalWatch, StopRequest, say, stopped_by
 from gmpo.stages import Stages
 
-SHARED = "gmpo_state"  # the same on all ranks; each rank has a file of its own beside it
+SHARED = "gmpo_state"  # the same on all ranks; each rank has its own file beside it
 
 
 @dataclass(slots=True)
 class LastStep:
-    """What later steps change, as it was after a whole optimizer step."""
+    """Copies of what later steps change, as it was after a whole optimizer step."""
 
     step: int
     random: State
@@ -121,7 +121,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: If the checkpoint is damaged, or options were changed that can't be.
-            SystemExit: After SIGTERM, SIGINT and SIGHUP; that of SIGINT is a KeyboardInterrupt too.
+            SystemExit: After SIGTERM, SIGINT and SIGHUP; for SIGINT it is a KeyboardInterrupt too.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint

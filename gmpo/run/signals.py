@@ -48,7 +48,7 @@ class SignalWatch:
 
     @contextlib.contextmanager
     def raising(self, *, at_once: bool) -> Iterator[None]:
-        """Within the block, work that is in no checkpoint yet, raise as soon as a signal comes.
+        """Raise as soon as a signal comes within the block, whose work is in no checkpoint yet.
 
         Args:
             at_once: Do so, which one rank out of several must not: the others would wait for it.

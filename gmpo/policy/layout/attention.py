@@ -38,7 +38,7 @@ DROPOUT_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class SegmentInputs:
-    """What our attention function is told of a forward pass."""
+    """The facts of a forward pass that our attention function needs."""
 
     segments: Segments
     softcaps: bool  # the model's own attention function bounds its scores

@@ -39,7 +39,7 @@ CHECK_TOKENS = 1024  # of a prompt, and of a completion, in the rows of the chec
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the check of a kind of model has found."""
+    """The result of the check of a kind of model."""
 
     reason: str | None  # why it can't attend by segments; None if it can
 

@@ -259,7 +259,7 @@ class SharedPrefixCache(Cache):
         reach: Reach,
         params: AttentionParams,
     ) -> Tensor:
-        """Prefill: every prompt attends to itself, causally.  Return [N, Hq, D]."""
+        """Attend causally from every prompt to itself (prefill).  Return [N, Hq, D]."""
         assert self._prefill is not None
         store = self.prompts[layer]
         if store is None:
@@ -291,7 +291,7 @@ class SharedPrefixCache(Cache):
         reach: Reach,
         params: AttentionParams,
     ) -> Tensor:
-        """One new token per row.  Return [R, Hq, D]."""
+        """Attend from one new token per row.  Return [R, Hq, D]."""
         rows, heads = key.shape[2], key.shape[1]
         store = self.own[layer]
         if store is None:

@@ -1,4 +1,4 @@
-"""The tokens that top_k, top_p and min_p leave, as columns of their own.
+"""The tokens that top_k, top_p and min_p leave, as separate columns.
 
 A vocabulary has 50,000 to 250,000 tokens, and a cut leaves some hundreds.  Sorting, summing and
 drawing over those only takes a fraction of the time that transformers' processors take.  The sets

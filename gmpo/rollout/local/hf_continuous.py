@@ -139,7 +139,7 @@ class ContinuousEngine:
 
 @contextmanager
 def autocast_inside(model: PreTrainedModel, autocast: Autocast | None) -> Iterator[None]:
-    """Within the block, forward passes of `model` are in mixed precision in every thread.
+    """Run forward passes of `model` in mixed precision within the block, in every thread.
 
     The manager computes in its own thread, which contexts of this one don't reach.
     """

@@ -29,7 +29,7 @@ def configs(
     where = {name: wanted[name] for name in WHERE if name in wanted}
     trust = getattr(settings, "trust_remote_code", False) or wanted.get("trust_remote_code", False)
 
-    # An adapter has no config of its own: its base model's is the one.
+    # An adapter has no separate config: its base model's is the one.
     base = base_model_name(model, where)
     if base is not None:
         model, where = base, without_place(where)

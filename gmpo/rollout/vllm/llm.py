@@ -106,7 +106,7 @@ def start_engine(
 
 
 def save_config(policy: PreTrainedModel, folder: str) -> None:
-    """Save the policy's config as that of a model with the weights that will be published.
+    """Save the policy's config as the config of a model with the weights to be published.
 
     They are dequantised, so that vLLM must not expect quantised ones.
     """

@@ -1,4 +1,4 @@
-"""What runs in vLLM's own processes.
+"""Code that runs in vLLM's own processes.
 
 worker.py  receives weights; vLLM loads it as a plugin
 guard.py   asks every request for the secret
