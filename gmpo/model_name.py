@@ -19,7 +19,8 @@ def base_model_name(name: str, keywords: Mapping[str, Any]) -> str | None:
         keywords: For from_pretrained; those of `WHERE` count.
 
     Raises:
-        ValueError: If the adapter does not say what its base model is.
+        ValueError: If the adapter does not say what its base model is, or names a path where
+            nothing is.
     """
     where = {key: keywords[key] for key in WHERE if keywords.get(key) is not None}
     folder = Path(name).expanduser()
@@ -33,6 +34,11 @@ def base_model_name(name: str, keywords: Mapping[str, Any]) -> str | None:
             f"model={name!r} is an adapter that does not say what its base model is "
             "(base_model_name_or_path in adapter_config.json). Give the model as an object: "
             "PeftModel.from_pretrained(base, adapter, is_trainable=True)."
+        )
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise ValueError(
+            f"model={name!r} is an adapter of {base!r}, and nothing is there. Put the base model "
+            "there, or correct base_model_name_or_path in adapter_config.json."
         )
     return base
 

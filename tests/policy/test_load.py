@@ -196,6 +196,17 @@ def test_an_adapter_without_a_base_is_an_error_with_its_remedy(folder, tmp_path)
         load_policy(str(tmp_path), PolicySettings())
 
 
+def test_an_adapter_whose_base_is_gone_is_an_error_that_names_both(folder, tmp_path):
+    adapted = get_peft_model(load_policy(folder, PolicySettings()), LoraConfig(**LORA))
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    described = json.loads(file.read_text())
+    described["base_model_name_or_path"] = str(tmp_path / "gone")
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"adapter.* is an adapter of .*gone', and nothing is"):
+        load_policy(str(tmp_path / "adapter"), PolicySettings())
+
+
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folder, tmp_path):
     tiny_tokenizer().save_pretrained(folder)
     adapted = get_peft_model(load_policy(folder, PolicySettings()), LoraConfig(**LORA))
