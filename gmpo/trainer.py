@@ -218,6 +218,8 @@ class GRPOTrainer(ResumableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return a loader of every prompt of a set, `eval_group_size` times in a row."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            _, eval_dataset = usable_prompts(None, eval_dataset, self.encoder)
         return evaluation_loader(
             self._kept(evaluation_dataset(eval_dataset, self.eval_dataset)),
             group_size=self.args.eval_group_size,

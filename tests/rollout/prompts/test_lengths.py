@@ -117,3 +117,16 @@ def test_the_row_of_a_collection_is_named_by_its_dataset_index(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="prompt of row 3 is empty"):
         trainer.train()
+
+
+def test_a_set_given_to_evaluate_or_predict_loses_overlong_prompts_too(tmp_path):
+    args = GMPOConfig(
+        str(tmp_path), per_device_eval_batch_size=2, num_generations=2, max_completion_length=100,
+        overlong_prompts="drop", use_cpu=True, report_to="none",
+    )  # fmt: skip
+    trainer = GMPOTrainer(
+        tiny_model(), lambda completions, **kwargs: [0.0] * len(completions), args=args,
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    assert trainer.evaluate(dataset())["eval_reward"] == 0.0
+    assert len(trainer.predict(dataset()).predictions) == 4  # two for each of two prompts
