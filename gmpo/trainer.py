@@ -261,7 +261,7 @@ class GRPOTrainer(ResumableTrainer):
 
         with self.stages.stopwatch.timed("learn"):
             if self._loss_is_overridden:
-                total = self.compute_loss(model, inputs) * distributed.world_size()
+                total = self._overridden_loss(model, inputs) * distributed.world_size()
                 self._backward(total)
                 total = total.detach()
             else:
@@ -310,7 +310,17 @@ class GRPOTrainer(ResumableTrainer):
 
     @property
     def _loss_is_overridden(self) -> bool:
-        return type(self).compute_loss is not GRPOTrainer.compute_loss
+        function = getattr(self.compute_loss, "__func__", self.compute_loss)
+        return function is not GRPOTrainer.compute_loss
+
+    def _overridden_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        loss = self.compute_loss(model, inputs)
+        if not isinstance(loss, Tensor) or loss.dim() > 0:
+            got = (
+                f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            )
+            raise TypeError(f"compute_loss returned {got}. Return the loss, a scalar tensor.")
+        return loss
 
     def _progress(self) -> float:
         """Return the share of the training that is done, in [0, 1]."""
@@ -373,7 +383,7 @@ class GRPOTrainer(ResumableTrainer):
             learner = self.stages.learner
             total, seen = learner.value(model, inputs, progress=self._progress())
         elif len(inputs.batch):
-            total = self.compute_loss(model, inputs)
+            total = self._overridden_loss(model, inputs)
         else:  # another rank has the last rows
             total = torch.zeros(())
 

@@ -152,6 +152,7 @@ def test_an_overridden_loss_is_what_is_trained_on(tmp_path):
         "max_grad_norm": 0.0,
         "max_steps": 1,
         "lr_scheduler_type": "constant",
+        "entropy_coef": 0.1,  # without it, the first loss is 0 but for rounding
     }
     start = weights(build(GMPOTrainer, tmp_path))
     moves = []
@@ -163,6 +164,26 @@ def test_an_overridden_loss_is_what_is_trained_on(tmp_path):
     for name, move in moves[0].items():
         torch.testing.assert_close(moves[1][name], 2 * move, rtol=1e-3, atol=1e-6)
     assert moves[0]["loss"] != 0
+
+
+def test_a_loss_that_is_set_on_the_trainer_is_trained_on_too(tmp_path):
+    trainer = build(GMPOTrainer, tmp_path, max_steps=1)
+    calls = []
+
+    def counted(model, inputs, **keywords):
+        calls.append(inputs)
+        return GMPOTrainer.compute_loss(trainer, model, inputs, **keywords)
+
+    trainer.compute_loss = counted
+    trainer.train()
+    assert calls
+
+
+@pytest.mark.parametrize("loss", [None, (torch.zeros(()), {}), torch.zeros(2)])
+def test_an_overridden_loss_that_is_no_scalar_is_told(tmp_path, loss):
+    trainer = build(type("Mine", (GMPOTrainer,), {"compute_loss": lambda *_: loss}), tmp_path)
+    with pytest.raises(TypeError, match=r"compute_loss returned .*Return the loss, a scalar"):
+        trainer.train()
 
 
 def test_predict_gives_completions_rewards_and_figures(tmp_path):
