@@ -24,9 +24,10 @@ INHERITED: dict[str, dict[str, str]] = json.loads(
 )
 HEAD = """# Configuration
 
-Every option of `GMPOConfig`, by who reads it. `GRPOConfig` has the same, with `epsilon` 0.2 as a bound of the ratio.
-An option acts, or it is refused when the config is made, with the reason: none is ignored. Values that are not legal
-are refused with the option, the value and what to use instead.
+Every option of `GMPOConfig`, by who reads it. `GRPOConfig` has the same, with `epsilon` 0.2 as a
+bound of the ratio. An option acts, or it is refused when the config is made, with the reason: none
+is ignored. Values that are not legal are refused with the option, the value and what to use
+instead.
 
 On the command line they are flags and YAML keys of the same names (`gmpo train --help`).
 """

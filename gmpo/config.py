@@ -345,11 +345,11 @@ class GMPOConfig(GRPOConfig):
     )
     vllm_importance_sampling_mode: str = option(
         "geometric_mask",
-        "Level (token, sequence, geometric mean) at which the ratio of trainer to sampler is taken, "
-        "and whether it is clamped ('truncate') or dropped ('mask') outside its bounds. GMPO's own "
-        "ratio is a geometric mean, and so is its correction: a product over a long completion "
-        "would multiply the rounding noise of all its tokens ('sequence_mask', GRPOConfig's "
-        "default, drops rows for it).",
+        "Level (token, sequence, geometric mean) at which the ratio of trainer to sampler is "
+        "taken, and whether it is clamped ('truncate') or dropped ('mask') outside its bounds. "
+        "GMPO's own ratio is a geometric mean, and so is its correction: a product over a long "
+        "completion would multiply the rounding noise of all its tokens ('sequence_mask', "
+        "GRPOConfig's default, drops rows for it).",
         choices=CORRECTION_MODES,
     )
 

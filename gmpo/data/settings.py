@@ -35,8 +35,9 @@ class DataSettings:
     zero_signal_groups: str = option(
         "skip",
         "What to do with groups whose rewards are all equal: 'skip' their forward and backward "
-        "when that is exact (no KL, entropy bonus or auxiliary loss), denominators unchanged; 'keep' "
-        "them; 'resample': draw other prompts in their place, and skip the groups that are left.",
+        "when that is exact (no KL, entropy bonus or auxiliary loss), denominators unchanged; "
+        "'keep' them; 'resample': draw other prompts in their place, and skip the groups that "
+        "are left.",
         choices=("skip", "keep", "resample"),
     )
     max_resamples: int = option(

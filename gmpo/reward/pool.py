@@ -152,7 +152,7 @@ class WorkerPool:
                 return outcome
 
     def _replace_later(self, call: "Call") -> None:
-        """Have another worker ready before it is asked for: importing what it calls takes seconds."""
+        """Start another worker before it is asked for: importing what it calls takes seconds."""
         with contextlib.suppress(RuntimeError):  # the pool has been closed meanwhile
             events = [self._closing.event]
             self._threads.submit(self._prepare, dataclasses.replace(call, events=events))
@@ -386,7 +386,7 @@ def kill_family(pid: int, mark: str | None = None) -> None:
         time.sleep(0.01)
 
 
-def pack(value: Any) -> Packed:
+def pack(value: object) -> Packed:
     """Pack a function or other object for workers.
 
     What importable modules define is sent by name.  What the user's script or notebook defines is

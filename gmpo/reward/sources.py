@@ -24,8 +24,8 @@ _WALL_S = 60.0  # of a call in a worker process, unless reward_timeout says othe
 
 
 def build_sources(
-    reward_funcs: Any,
-    reward_processing_classes: Any = None,
+    reward_funcs: object,
+    reward_processing_classes: object = None,
     *,
     settings: RewardSettings | None = None,
     model_settings: RewardModelSettings | None = None,
@@ -60,8 +60,8 @@ def build_sources(
     check_weights(settings.reward_weights, len(rewards))
     if settings.reward_weights and not any(settings.reward_weights):
         raise ValueError(
-            f"reward_weights={settings.reward_weights!r} are all 0: no reward would train anything. "
-            "Give at least one another weight."
+            f"reward_weights={settings.reward_weights!r} are all 0: no reward would train "
+            "anything. Give at least one another weight."
         )
 
     builders = [
@@ -118,7 +118,7 @@ def function_source(function: Callable[..., Any], settings: RewardSettings) -> F
 
 
 def _builder(
-    reward: Any, tokenizer: Any, settings: RewardSettings
+    reward: object, tokenizer: object, settings: RewardSettings
 ) -> Callable[[RewardModelSettings], Any]:
     """Return what makes a source of `reward`, once models may be loaded."""
     if isinstance(reward, str | os.PathLike):
@@ -175,7 +175,7 @@ def _refuse_unused_workers(rewards: Sequence[Any], settings: RewardSettings) -> 
     )
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

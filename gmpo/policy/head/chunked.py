@@ -1,9 +1,9 @@
 """Log-probs and entropies out of hidden states: the vocabulary head, a tile of rows at a time.
 
 [N, V] logits never exist for more than one tile.  They are in float32 (float64 for float64), also
-where hidden states and weights have 16 bits: rounded to bfloat16, logits of 16 and more are off by up
-to 0.06, which is most of the noise of a log-prob.  They are treated a few rows at a time, so that
-passes stay in the cache.
+where hidden states and weights have 16 bits: rounded to bfloat16, logits of 16 and more are off by
+up to 0.06, which is most of the noise of a log-prob.  They are treated a few rows at a time, so
+that passes stay in the cache.
 """
 
 import math

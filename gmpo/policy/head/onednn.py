@@ -90,7 +90,7 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def wide_product_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Compute left @ right.T of 16-bit matrices [n, k] and [m, k] in float32, and return it, [n, m].
+    """Compute left @ right.T of 16-bit matrices [n, k] and [m, k] in float32; return it, [n, m].
 
     Args:
         out: [n, m] float32, contiguous; used where the device has no such product.

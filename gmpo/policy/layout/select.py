@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gmpo.policy.layout.attention import attention_dropout, differently_rounded_attention
 from gmpo.policy.layout.chunks import TokensOf
@@ -29,8 +29,8 @@ ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 # dtype of the model.  Wrong segments are off by 0.01 and more, also in small random models.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# Where one rounding of each attention layer's output moves log-probs, a layout may differ by so many
-# times as much, but not by more than LARGEST.
+# Where one rounding of each attention layer's output moves log-probs, a layout may differ by so
+# many times as much, but not by more than LARGEST.
 NOISE_FACTOR = 2.0
 LARGEST = 0.2
 
@@ -197,7 +197,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     return None
 
 
-def _text_config(causal: Any) -> PreTrainedConfig:
+def _text_config(causal: PreTrainedModel) -> PreTrainedConfig:
     return causal.config.get_text_config()
 
 
