@@ -63,7 +63,7 @@ def all_gather(values: Tensor) -> Tensor:
     return torch.cat(unpadded).to(values.device)
 
 
-def all_gather_objects(value: Any) -> list[Any]:
+def all_gather_objects(value: object) -> list[Any]:
     """Return one picklable object per rank, in rank order, among ranks that trust each other.
 
     Every rank must call.
@@ -148,8 +148,8 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
         told = "; ".join(f"rank {number}: {message}" for number, (message, _) in failures.items())
         error = RankError(f"Another rank failed to {doing}. {told}", lost=lost)
     elif hasattr(error, "lost"):
-        error.lost = lost  # pyright: ignore[reportAttributeAccessIssue]
-    error.raised_on_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
+        error.lost = lost  # pyright: ignore[reportAttributeAccessIssue] (a mark for who catches it)
+    error.raised_on_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue] (the same)
     raise error
 
 

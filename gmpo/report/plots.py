@@ -26,14 +26,15 @@ def training_curves(metrics: str | Path, image: str | Path, *, title: str = "") 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     records = read_records(metrics)
     if not any("reward" in record for record in records):
         raise ValueError(
             f"{metrics} has no line of a training step. Log at least once (logging_steps)."
         )
-    figure = Figure(figsize=(11, 5.6), layout="constrained", dpi=140)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)  # pyright: ignore
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
+    figure = Figure(figsize=(11, 5.6), layout=layout, dpi=140)
     FigureCanvasAgg(figure)
     for axes, draw in zip(figure.subplots(2, 3, sharex=True).flat, PANELS, strict=True):
         draw(axes, records)

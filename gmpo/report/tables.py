@@ -35,7 +35,7 @@ def print_table(rows: Rows, *, title: str, console: "Console | None" = None) -> 
     (console or Console()).print(table)
 
 
-def readable(value: Any) -> str:
+def readable(value: object) -> str:
     """Return a cell for people."""
     if value is None:
         return "-"
@@ -65,7 +65,7 @@ def message_text(message: dict[str, Any]) -> str:
 
 
 def to_wandb(rows: Rows, step: int, label: str, callbacks: Sequence[TrainerCallback]) -> None:
-    import wandb  # pyright: ignore[reportMissingImports]
+    import wandb  # pyright: ignore[reportMissingImports] (optional; the user's choice)
 
     if wandb.run is not None:
         columns = list(rows[0])
