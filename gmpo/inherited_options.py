@@ -151,7 +151,7 @@ def check_inherited(config: TrainingArguments) -> None:
     check_needs_of_machine(config)
 
 
-def check_inherited_type(field: dataclasses.Field, value: Any, cls: type) -> None:
+def check_inherited_type(field: dataclasses.Field, value: object, cls: type) -> None:
     """Raise a ValueError unless `value` is of the type that `TrainingArguments` declares."""
     if value is None and field.default is None:
         return
@@ -173,7 +173,7 @@ def check_inherited_type(field: dataclasses.Field, value: Any, cls: type) -> Non
             raise ValueError(f"{field.name}={value!r} is not a file, and not a JSON object.")
 
 
-def origin_of(member: Any) -> Any:
+def origin_of(member: object) -> Any:
     """Return the class of a type, without its parameters: dict for `dict[str, Any]`."""
     return typing.get_origin(member) or member
 
@@ -242,7 +242,7 @@ def check_needs_of_machine(config: TrainingArguments) -> None:
 # -- options that can't act --------------------------------------------------------------------
 
 
-def check_useless_options(config: Any) -> None:
+def check_useless_options(config: TrainingArguments) -> None:
     """Raise a ValueError for the first option that could not act.
 
     Args:
@@ -261,7 +261,7 @@ def check_useless_options(config: Any) -> None:
     check_parallelism(config.parallelism_config)
 
 
-def useless_options(config: Any) -> Iterator[str]:
+def useless_options(config: TrainingArguments) -> Iterator[str]:
     """Yield a message for each option that would act only with another one."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, switch in NEEDS.items():

@@ -13,7 +13,10 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # options of older trainers that have no successor -> what to do instead
 GONE = {
@@ -48,7 +51,7 @@ class Bounds:
     high_open: bool = False
     infinite: bool = False  # an infinite value is legal
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         """Raise a ValueError that names the option unless its number, or each of a list, fits."""
         numbers = value if isinstance(value, list | tuple) else [value]
         for number in numbers:
@@ -137,7 +140,7 @@ def option(
 # -- checks ------------------------------------------------------------------------------------
 
 
-def check_options(settings: Any) -> None:
+def check_options(settings: "DataclassInstance") -> None:
     """Raise a ValueError for the first option of `settings` whose value is not legal."""
     for field in dataclasses.fields(settings):
         rules = rules_of(field)
@@ -146,7 +149,7 @@ def check_options(settings: Any) -> None:
             check_option(field, rules, getattr(settings, field.name), annotation)
 
 
-def check_option(field: dataclasses.Field, rules: Rules, value: Any, annotation: Any) -> None:
+def check_option(field: dataclasses.Field, rules: Rules, value: object, annotation: object) -> None:
     """Raise a ValueError that names the option, what was got and what to use, if it is not legal.
 
     Args:
@@ -173,7 +176,7 @@ def check_option(field: dataclasses.Field, rules: Rules, value: Any, annotation:
     rules.bounds.check(field.name, value)
 
 
-def check_type(name: str, value: Any, annotation: Any) -> None:
+def check_type(name: str, value: object, annotation: object) -> None:
     """Raise a ValueError unless `value` is of the annotated type as it is, without conversion."""
     from pydantic import ValidationError
 
@@ -194,7 +197,7 @@ def _validator(annotation: Any) -> Any:
     return TypeAdapter(annotation, config=config)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is an int or a float; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -214,14 +217,14 @@ def annotation_of(cls: type, name: str) -> Any:
     raise AttributeError(f"{cls.__name__} declares no option {name!r}.")
 
 
-def declared_type(settings: Any, name: str) -> str:
+def declared_type(settings: "DataclassInstance", name: str) -> str:
     """Return the declared type of an option as text: "float", "str | None"."""
     declared = annotation_of(type(settings), name)
     plain = isinstance(declared, type) and typing.get_origin(declared) is None
     return declared.__name__ if plain else str(declared)
 
 
-def members_of(annotation: Any) -> list[Any]:
+def members_of(annotation: object) -> list[Any]:
     """Return the types that a union allows.
 
     Example:
@@ -253,7 +256,7 @@ def advice(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     return f" Did you mean '{prefix}{closest[0]}'?" if closest else ""
 
 
-def parse_dicts(settings: Any) -> None:
+def parse_dicts(settings: "DataclassInstance") -> None:
     """Read options that are declared as dicts and were given as JSON text."""
     for field in dicts_of(settings):
         value = getattr(settings, field.name)
@@ -261,7 +264,7 @@ def parse_dicts(settings: Any) -> None:
             setattr(settings, field.name, parsed_dict(field.name, value))
 
 
-def dicts_of(settings: Any) -> Iterator[dataclasses.Field]:
+def dicts_of(settings: "DataclassInstance") -> Iterator[dataclasses.Field]:
     """Yield the fields made by `option` that are declared as dicts."""
     for field in dataclasses.fields(settings):
         members = members_of(annotation_of(type(settings), field.name))

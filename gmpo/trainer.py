@@ -9,7 +9,7 @@ chunk (`training_step`).
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerCallback,
     set_seed,
 )
@@ -55,6 +57,10 @@ from gmpo.sharding import keep_sums_in_float32
 from gmpo.stages import BetweenSteps, Stages
 from gmpo.types import Statistics
 from gmpo.unwrap import is_adapted
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 class GRPOTrainer(ResumableTrainer):
@@ -103,15 +109,15 @@ class GRPOTrainer(ResumableTrainer):
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Any = None,
-        reward_processing_classes: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: object = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        tools: Any = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
+        quantization_config: "QuantizationConfigMixin | dict[str, Any] | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        tools: object = None,
+        rollout_func: object = None,
+        environment_factory: object = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
         # Everything that can be wrong is checked before weights are loaded.
@@ -247,7 +253,7 @@ class GRPOTrainer(ResumableTrainer):
         return batches, None
 
     def training_step(  # pyright: ignore[reportIncompatibleMethodOverride] (a micro-batch is no dict)
-        self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: object = None
     ) -> Tensor:
         """Add the gradient of one micro-batch.
 
@@ -272,7 +278,7 @@ class GRPOTrainer(ResumableTrainer):
         self._release_cache()
         return total
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | Tensor | None = None) -> Any:
         """Return the norm of the step's gradient, right before the optimizer's step.
 
         A step that is not finite ends the run here, or loses its gradient.
@@ -287,7 +293,7 @@ class GRPOTrainer(ResumableTrainer):
         model: nn.Module,
         inputs: MicroBatch,
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: object = None,
     ) -> Tensor:
         """Return the differentiable share of `inputs` in the loss of its optimizer batch.
 
@@ -415,7 +421,7 @@ class GRPOTrainer(ResumableTrainer):
             logs.update(self.stages.figures_since_last_log(self.state.global_step))
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: MicroBatch | dict[str, Any]) -> int:
         """Count six per parameter and token, over prompts and completions of all rows."""
         if not isinstance(inputs, MicroBatch):
             return super().floating_point_ops(inputs)
@@ -423,7 +429,7 @@ class GRPOTrainer(ResumableTrainer):
         tokens = sum(len(ids) for ids in batch.prompt_ids) + int(batch.lengths.sum())
         return 6 * tokens * self._num_parameters
 
-    def _track_num_input_tokens(self, inputs: Any) -> None:
+    def _track_num_input_tokens(self, inputs: object) -> None:
         """Do nothing: `Stages.report` counts them, whatever `include_num_input_tokens_seen` is."""
 
     def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride] (as other RL trainers do)

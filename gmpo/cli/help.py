@@ -62,7 +62,7 @@ def reward_lines() -> list[str]:
     return [f"  {name:<26}{entry.about}" for name, entry in REWARDS.items()]
 
 
-def described(field: Field, default: Any) -> str:
+def described(field: Field, default: object) -> str:
     """Return the flag of an option with its meaning and default."""
     rules = rules_of(field)
     text = f"{rules.help if rules else field.metadata['help']} [{default}]"

@@ -122,12 +122,12 @@ class ScriptOptions:
                 )
 
 
-def expanded(path: Any) -> Any:
+def expanded(path: object) -> Any:
     """Return `path` with the home folder for a ~ at its beginning."""
     return os.path.expanduser(path) if isinstance(path, str) else path
 
 
-def one_or_more(name: str, value: Any) -> Any:
+def one_or_more(name: str, value: object) -> Any:
     """Return one dataset as text and several files as a list, with ~ and * expanded."""
     if value is None:
         return None

@@ -1,7 +1,7 @@
 """Options of `gmpo train` out of a YAML file and flags: flags win, unknown names are refused."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,9 @@ def converted(
     return values
 
 
-def from_text(name: str, value: Any, convert: Any, path: str | None) -> Any:
+def from_text(
+    name: str, value: object, convert: Callable[[str], Any] | None, path: str | None
+) -> Any:
     """Return `value`, read as a flag's text would be if it is text for another type."""
     if not isinstance(value, str) or convert in (None, str):
         return value

@@ -6,11 +6,12 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import gmpo
@@ -95,7 +96,7 @@ def train(script: ScriptOptions, config: GRPOConfig) -> None:
     finish(trainer, script, config)
 
 
-def finish(trainer: Any, script: ScriptOptions, config: GRPOConfig) -> None:
+def finish(trainer: gmpo.GRPOTrainer, script: ScriptOptions, config: GRPOConfig) -> None:
     """Leave the model, its card and the curves in output_dir, and say where everything is."""
     folder = Path(str(config.output_dir))
     trainer.save_model(str(folder))
@@ -215,7 +216,7 @@ def evaluation_rows(script: ScriptOptions, training: Any, *, as_messages: bool) 
     return rows
 
 
-def wants_messages(script: ScriptOptions, tokenizer: Any) -> bool:
+def wants_messages(script: ScriptOptions, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if text prompts become messages."""
     if script.prompt_format == "auto":
         return getattr(tokenizer, "chat_template", None) is not None
@@ -260,7 +261,7 @@ def quantization_config(options: Any) -> Any:
     return BitsAndBytesConfig(**options)
 
 
-def refuse_unknown(options: Any, known: set[str], owner: str) -> None:
+def refuse_unknown(options: Mapping[str, Any], known: set[str], owner: str) -> None:
     """Raise a ValueError for a key of `options` that `owner` doesn't know."""
     for name in options:
         if name not in known:

@@ -72,7 +72,7 @@ def reader() -> Any:
     return yaml
 
 
-def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
+def as_mapping(name: str, value: object) -> dict[str, Any] | None:
     """Return a mapping that was given as such (in a file) or as JSON or YAML text (in a flag)."""
     if isinstance(value, str):
         value = load_yaml(value, source=f"{name}={value!r}")

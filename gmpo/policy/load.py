@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,13 +23,17 @@ from gmpo.policy.head.onednn import use_onednn
 from gmpo.policy.settings import PolicySettings
 from gmpo.unwrap import is_adapted
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
 
 def load_policy(
     model: str | os.PathLike | nn.Module,
     settings: PolicySettings,
     *,
-    quantization_config: Any = None,
-    peft_config: Any = None,
+    quantization_config: "QuantizationConfigMixin | dict[str, Any] | None" = None,
+    peft_config: "PeftConfig | None" = None,
     device: torch.device | None = None,
 ) -> nn.Module:
     """Return the policy, ready to be trained: a `PreTrainedModel`, or a `PeftModel` around one.
@@ -148,7 +152,7 @@ def _rates_of(module: nn.Module) -> list[str]:
     return [name for name in names if isinstance(vars(module).get(name), float)]
 
 
-def _checked_dtype(dtype: Any) -> torch.dtype | str:
+def _checked_dtype(dtype: object) -> torch.dtype | str:
     if dtype is None:
         return torch.float32
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -162,7 +166,7 @@ def _checked_dtype(dtype: Any) -> torch.dtype | str:
     )
 
 
-def _load_by_name(name: str, settings: PolicySettings, quantization_config: Any) -> nn.Module:
+def _load_by_name(name: str, settings: PolicySettings, quantization_config: object) -> nn.Module:
     check_path(name)
     keywords = init_keywords(settings)
     if quantization_config is not None:
@@ -213,7 +217,7 @@ def _check_quantization() -> None:
         )
 
 
-def _check_model(model: Any, settings: PolicySettings, quantization_config: Any) -> nn.Module:
+def _check_model(model: object, settings: PolicySettings, quantization_config: object) -> nn.Module:
     if not (isinstance(model, PreTrainedModel) or is_adapted(model)):
         raise TypeError(
             f"model is a {type(model).__name__}. "
@@ -233,7 +237,7 @@ def _check_model(model: Any, settings: PolicySettings, quantization_config: Any)
     return model
 
 
-def _add_adapter(policy: nn.Module, peft_config: Any) -> nn.Module:
+def _add_adapter(policy: nn.Module, peft_config: object) -> nn.Module:
     _check_peft("peft_config")
     from peft import PeftConfig, get_peft_model
 

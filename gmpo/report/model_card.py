@@ -103,7 +103,7 @@ def model_card(
     base_model: str | None = None,
     dataset_name: str | Sequence[str] | None = None,
     tags: Sequence[str] = (),
-    args: Any = None,
+    args: object = None,
     log_history: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
     adapter: bool = False,
@@ -174,7 +174,7 @@ def usage(model_name: str, adapter: bool) -> str:
     )
 
 
-def settings_shown(args: Any, algorithm: str) -> dict[str, Any]:
+def settings_shown(args: object, algorithm: str) -> dict[str, Any]:
     """Return the options of `args` that a reader wants to know, without unset ones."""
     shown = {name: getattr(args, name) for name in OPTIONS if getattr(args, name, None) is not None}
     if algorithm == "gmpo":

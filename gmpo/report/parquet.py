@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """Return text as it is, anything else (messages, tool calls, images) as JSON.
 
     Python's own form stands where JSON has none.

@@ -55,13 +55,13 @@ def as_number(value: Any) -> float | None:
         return math.inf
 
 
-def short(value: Any, length: int = 200) -> str:
+def short(value: object, length: int = 200) -> str:
     """Return `value` as text of about `length` characters, for a message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def _as_score(name: str, row: int, value: Any) -> float:
+def _as_score(name: str, row: int, value: object) -> float:
     number = as_number(value)
     if number is None:
         raise ValueError(

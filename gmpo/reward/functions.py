@@ -279,7 +279,7 @@ def gathered(
     gathering: concurrent.futures.Future[list[float | None]] = concurrent.futures.Future()
     waiting = len(futures)
 
-    def on_one(_: Any) -> None:
+    def on_one(_: object) -> None:
         nonlocal waiting
         with gathering_lock:
             waiting -= 1
@@ -291,7 +291,7 @@ def gathered(
         except BaseException as error:
             gathering.set_exception(error)
 
-    def on_cancel(done: Any) -> None:
+    def on_cancel(done: concurrent.futures.Future[list[float | None]]) -> None:
         if done.cancelled():
             cancellation.cancel()
 

@@ -183,7 +183,7 @@ def check_vocabulary(name: str, model: nn.Module, tokenizer: PreTrainedTokenizer
         )
 
 
-def load_model_reward(name: str, tokenizer: Any, options: RewardModelSettings) -> ModelReward:
+def load_model_reward(name: str, tokenizer: object, options: RewardModelSettings) -> ModelReward:
     """Return the reward model at the path or hub id `name`.
 
     Args:
@@ -209,7 +209,7 @@ def load_model_reward(name: str, tokenizer: Any, options: RewardModelSettings) -
     return model_reward(model, tokenizer, options)
 
 
-def model_reward(model: nn.Module, tokenizer: Any, options: RewardModelSettings) -> ModelReward:
+def model_reward(model: nn.Module, tokenizer: object, options: RewardModelSettings) -> ModelReward:
     """Return `model` as a source; with the tokenizer from where it came if none is given."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "num_labels"):

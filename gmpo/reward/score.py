@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from gmpo.reward.functions import FunctionReward
 from gmpo.reward.sources import columns_of
 from gmpo.reward.types import RewardCall, RewardSource
 from gmpo.types import Rollout, is_reserved_figure
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ def score(
     rollouts: Sequence[Rollout],
     rows: Sequence[Mapping[str, Any]],
     *,
-    trainer_state: Any = None,
+    trainer_state: "TrainerState | None" = None,
     patience_s: float = 60.0,
 ) -> Scored:
     """Return the rewards of `rollouts` from every source.

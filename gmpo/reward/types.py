@@ -4,9 +4,12 @@ import copy
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gmpo.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +18,7 @@ class RewardCall:
 
     rollouts: Sequence[Rollout]
     columns: Mapping[str, list[Any]]  # the other columns of the dataset, N values each
-    trainer_state: Any
+    trainer_state: "TrainerState | None"
     log_extra: Callable[[str, Sequence[Any]], None]  # a column for the table of completions
     log_metric: Callable[[str, float], None]  # averaged over all calls until the next log
 
@@ -54,7 +57,7 @@ class RewardSource(Protocol):
         ...
 
 
-def fresh(value: Any) -> Any:
+def fresh(value: object) -> Any:
     """Return a copy of what could be changed in place; other values as they are."""
     changeable = isinstance(value, list | dict | set | bytearray)
     if changeable or type(value).__module__ == "numpy":

@@ -17,11 +17,14 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gmpo.reward.answers import as_number, as_scores
 from gmpo.reward.by_name import module_from_file
 from gmpo.reward.pool import BEGUN
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 _GRACE_S = 10.0  # after the deadline, for a worker whose parent is gone
 
@@ -34,7 +37,7 @@ class RowReward:
     function: Callable[..., Any]
 
     def __call__(
-        self, keywords: dict[str, Any], remarks: Sequence[str], state: Any = None
+        self, keywords: dict[str, Any], remarks: Sequence[str], state: "TrainerState | None" = None
     ) -> dict[str, Any]:
         """Return the score of one row, and what the function logged.
 
@@ -77,7 +80,7 @@ class Notes:
             )
         self.extra[column] = values[0]
 
-    def log_metric(self, name: str, value: Any) -> None:
+    def log_metric(self, name: str, value: object) -> None:
         """Keep a number for the log."""
         number = as_number(value)
         if number is None or math.isinf(number):

@@ -108,7 +108,7 @@ class ResumableTrainer(Trainer):
     def train(
         self,
         resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
-        trial: Any = None,
+        trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Train.  Whatever ends it on the way, the last whole step is left as a checkpoint.
@@ -238,7 +238,7 @@ class ResumableTrainer(Trainer):
         return self._checkpoint is not None and self.state.global_step >= self.state.max_steps
 
     def _evaluate(
-        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+        self, trial: object, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
         # A run that goes on has made the evaluation of its start (eval_on_start) already.
         if skip_scheduler and self._checkpoint is not None:
@@ -246,7 +246,7 @@ class ResumableTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(
-        self, trial: Any, num_train_samples: int, start_time: float
+        self, trial: object, num_train_samples: int, start_time: float
     ) -> TrainOutput:
         """Close the run; its figures are those of all processes that trained it."""
         start_time -= self.running_loss.seconds_before
@@ -257,13 +257,13 @@ class ResumableTrainer(Trainer):
     def _parts_of_rank(self) -> Mapping[str, Any]:
         return {**self.stages.stateful_parts_of_rank, "running_loss": self.running_loss}
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         """Return the run's folder; while a checkpoint is written, the folder of unfinished ones."""
         if self._is_saving_to is not None:
             return str(self._is_saving_to)
         return super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Write a checkpoint under another name, and rename it once it is whole."""
         step = self.state.global_step
         self._has_failed_to_save = True  # until the end
@@ -369,7 +369,9 @@ class ResumableTrainer(Trainer):
             if self._last_step is not None:
                 self._last_step.random = random_state()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.stages.policy_version.moved()
 

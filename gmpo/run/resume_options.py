@@ -76,7 +76,7 @@ def check_resumed(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder:
         )
 
 
-def hyperparameters(optimizer: Any, scheduler: Any) -> State:
+def hyperparameters(optimizer: object, scheduler: object) -> State:
     """Return what the config has set in the optimizer's groups and the schedule."""
     groups = getattr(optimizer, "param_groups", [])
     return {
@@ -86,7 +86,7 @@ def hyperparameters(optimizer: Any, scheduler: Any) -> State:
 
 
 def apply_to_optimizer(
-    optimizer: Any,
+    optimizer: object,
     scheduler: Any,
     configured: State,
     *,
@@ -134,7 +134,7 @@ def fingerprint(dataset: Any) -> str:
     return digest_of([size, prompts])
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return an option as JSON can hold it."""
     if isinstance(value, Enum):
         return value.value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from gmpo.rollout.engine import Completion, Request, Sampling, Work, serve_in_rounds
 from gmpo.rollout.generation_mode import Autocast, generating
@@ -128,7 +129,7 @@ class ContinuousEngine:
         blocks = num_blocks(lengths, page_size=page, room=room)
         return {"max_batch_tokens": CPU_BATCH_TOKENS, **self.options, "num_blocks": blocks}
 
-    def _completion(self, output: Any, config: GenerationConfig) -> Completion:
+    def _completion(self, output: GenerationOutput, config: GenerationConfig) -> Completion:
         ids = list(output.generated_tokens)
         ends: Any = config.eos_token_id  # a list, by `generation_config`
         ended = bool(ids) and ids[-1] in ends
@@ -149,11 +150,11 @@ def autocast_inside(model: PreTrainedModel, autocast: Autocast | None) -> Iterat
 
     entered: list[Any] = []
 
-    def enter(module: torch.nn.Module, args: Any) -> None:
+    def enter(module: torch.nn.Module, args: object) -> None:
         entered.append(autocast())
         entered[-1].__enter__()
 
-    def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def leave(module: torch.nn.Module, args: object, output: object) -> None:
         entered.pop().__exit__(None, None, None)
 
     hooks = [
@@ -227,7 +228,10 @@ def run_to_end(
 
 
 def added_requests(
-    manager: Any, prompts: Sequence[list[int]], budgets: Sequence[int], config: GenerationConfig
+    manager: Any,
+    prompts: Sequence[list[int]],
+    budgets: Sequence[int],
+    config: GenerationConfig,
 ) -> list[str]:
     """Add the requests, and return their names in order."""
     if len(set(budgets)) == 1:  # in the order in which prompts share their beginnings
