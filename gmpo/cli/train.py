@@ -25,6 +25,7 @@ from gmpo.policy.load import check_path, load_tokenizer
 from gmpo.report.plots import training_curves
 from gmpo.report.progress import ProgressLines
 from gmpo.reward.by_name import find_reward
+from gmpo.reward.check import check_weights
 from gmpo.reward.functions import FunctionReward
 from gmpo.reward.reasoning_gym import PREFIX, evaluation_settings
 
@@ -47,7 +48,9 @@ def dry_run(script: ScriptOptions, config: GRPOConfig) -> str:
     """Return the plan of the run, with everything checked that needs no weights."""
     check_path(str(script.model))
     rewards = [find_reward(spec) for spec in reward_specs(script)]
+    check_weights(config.reward_weights, len(rewards))
     checkpoint_to_resume(script)
+    lora_config(script.peft)
     quantization_config(script.quantization)
     rows = training_rows(script, as_messages=False)
 

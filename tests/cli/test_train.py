@@ -362,6 +362,11 @@ def test_a_dry_run_looks_at_model_and_rewards_too(tmp_path, capsys):
         (["--model", "m", "--reward", "nope.py:x"], "nope.py"),
         (["--model", "m", "--reward", "rewards.py"], "write rewards.py:NAME"),
         (["--model", "m", "--reward", "qwertz"], "bare_number"),
+        (
+            ["--model", "m", "--reward", "bare_number", "--reward_weights", "1", "2"],
+            "has 2 weights",
+        ),
+        (["--model", "m", "--reward", "bare_number", "--peft", "{rank: 8}"], "no option 'rank'"),
     ):
         assert main([*start, *wrong]) == 2
         assert told in capsys.readouterr().err
