@@ -35,6 +35,13 @@ def parse(arguments: Sequence[str]) -> tuple[ScriptOptions, GRPOConfig]:
     config_class = CONFIGS[algorithm] if known else GMPOConfig  # ScriptOptions refuses another
     values = {**converted(written, config_class, path), **flags}
 
+    if algorithm == "gmpo" and values.get("loss_type", "gmpo") != "gmpo":
+        # GMPOConfig takes the default that it inherits; here somebody has written it.
+        raise ValueError(
+            f"loss_type={values['loss_type']!r} would do nothing with algorithm='gmpo'. Set "
+            "algorithm to 'grpo', or leave loss_type out."
+        )
+
     script_names = {field.name for field in fields(ScriptOptions)}
     script = ScriptOptions(**{key: value for key, value in values.items() if key in script_names})
     own = {key: value for key, value in values.items() if key not in script_names}

@@ -304,3 +304,11 @@ def test_the_peers_flags_for_adapters_are_answered_with_ours(flag, hint):
         match=f"There is no option {flag.replace('-t', '_t').replace('-m', '_m')}.*{hint}",
     ):
         parse([*BASICS, flag, "8"])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_a_loss_type_without_its_algorithm_is_refused(loss_type):
+    flags = [*BASICS, "--loss_type", loss_type]
+    with pytest.raises(ValueError, match="would do nothing with algorithm='gmpo'"):
+        parse(flags)
+    assert parse([*flags, "--algorithm", "grpo"])[1].loss_type == loss_type
