@@ -54,6 +54,12 @@ MODEL_FILES = (  # what a finished run saves beside its checkpoints
 )
 
 
+class FolderInUse(RuntimeError):
+    """Another process trains in the folder."""
+
+    tells_what_to_do = True  # the command line shows it without a traceback
+
+
 class RunFolder:
     """The output folder of a training."""
 
@@ -277,7 +283,7 @@ def _lock(handle: int, folder: Path) -> None:
     except OSError:
         holder = os.pread(handle, 200, 0).decode(errors="replace").split()
         who = f" (process {holder[1]} on {holder[0]})" if len(holder) == 2 else ""
-        raise RuntimeError(
+        raise FolderInUse(
             f"Another process{who} trains in {str(folder)!r}. Choose another output_dir, or wait "
             "for its end."
         ) from None

@@ -237,6 +237,21 @@ def test_a_folder_in_use_is_refused_to_another_process(folder):
     assert subprocess.run(command).returncode == 0
 
 
+def test_the_command_line_tells_of_a_folder_in_use_by_a_message(folder):
+    code = (
+        "import sys, gmpo.cli.train; from gmpo.cli.main import main\n"
+        "from gmpo.run.folder import RunFolder\n"
+        "gmpo.cli.train.run = lambda _: RunFolder(sys.argv[1]).locked().__enter__()\n"
+        "sys.exit(main(['train']))"
+    )
+    command = [sys.executable, "-c", code, str(folder.path)]
+    with folder.locked():
+        refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("gmpo train: Another process")
+    assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize("inside", [".", "checkpoint-4"])
 def test_the_folder_of_the_model_itself_is_refused(tmp_path, inside):
     (tmp_path / inside).mkdir(exist_ok=True)
