@@ -85,13 +85,21 @@ def load_tokenizer(
     """
     check_path(name)
     where: dict[str, Any] = {"revision": revision or "main"}
-    base = base_model_name(name, where)
-    if base is not None and not _has_tokenizer(name, where):
-        name, where = base, {}
+    try:
+        base = base_model_name(name, where)
+        if base is not None and not _has_tokenizer(name, where):
+            name, where = base, {}
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, padding_side="left", **where
+        )
+    except (OSError, ValueError) as error:
+        # transformers does not always say which model it looked for.
+        error.add_note(
+            f"Raised when the tokenizer of {name!r} was loaded. A model is a folder that "
+            "save_pretrained wrote, with its tokenizer, or a name on the hub."
+        )
+        raise
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, trust_remote_code=trust_remote_code, padding_side="left", **where
-    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

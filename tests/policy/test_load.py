@@ -276,3 +276,9 @@ def test_the_tokenizer_pads_on_the_left_with_something(tmp_path):
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.padding_side == "left"
     assert loaded.pad_token == loaded.eos_token == "<eos>"
+
+
+def test_a_folder_that_holds_no_model_is_named_in_the_error(tmp_path):
+    with pytest.raises((OSError, ValueError)) as caught:
+        load_tokenizer(str(tmp_path))
+    assert f"the tokenizer of {str(tmp_path)!r} was loaded" in caught.value.__notes__[0]
