@@ -97,7 +97,8 @@ def command_help(command: str) -> str:
     module = importlib.import_module(f"gmpo.cli.{command}")
     if hasattr(module, "parser"):
         return module.parser().format_help().rstrip()
-    return f"usage: gmpo {command}\n\n{COMMANDS[command]}."
+    about = COMMANDS[command]
+    return f"usage: gmpo {command}\n\n{about[0].upper()}{about[1:]}."
 
 
 def refuse_unknown_flags(arguments: Sequence[str]) -> None:
