@@ -30,7 +30,8 @@ def train_help() -> str:
     own = overridden()
     parts = [USAGE, "", "What to train:"]
     parts += [described(field, default_of(field)) for field in fields(ScriptOptions)]
-    parts += ["", "Built-in rewards:", *reward_lines()]
+    settings = "(...) stands for settings: 'cosine(max_completion_length=256)'"
+    parts += ["", f"Built-in rewards; {settings}:", *reward_lines()]
 
     for settings in stage_settings():
         module = sys.modules[settings.__module__]
@@ -58,8 +59,12 @@ def own_names() -> set[str]:
 
 
 def reward_lines() -> list[str]:
-    """Return a line for each reward of the table."""
-    return [f"  {name:<26}{entry.about}" for name, entry in REWARDS.items()]
+    """Return a line for each reward of the table, with (...) where settings are needed."""
+    lines = []
+    for name, entry in REWARDS.items():
+        shown = f"{name}(...)" if entry.function is None else name
+        lines.append(f"  {shown:<31}{entry.about}")
+    return lines
 
 
 def described(field: Field, default: object) -> str:

@@ -153,7 +153,11 @@ def _named(name: str, settings: Mapping[str, Any] | None) -> RewardFunction:
     entry = REWARDS[name]
     if settings is None and entry.function is None:
         assert entry.make is not None
-        raise ValueError(f"The reward {name!r} needs settings: {name}{_signature(entry.make)}.")
+        first = next(iter(inspect.signature(entry.make).parameters))
+        raise ValueError(
+            f"The reward {name!r} needs settings: {name}{_signature(entry.make)}. Write them as "
+            f"'{name}({first}=..., ...)', in quotes on a command line."
+        )
     if settings is not None and entry.make is None:
         raise ValueError(f"The reward {name!r} takes no settings, but got {settings!r}.")
 
