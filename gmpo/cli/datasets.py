@@ -152,7 +152,11 @@ def check_prompts(rows: Any, spec: str | Sequence[str]) -> None:
     """Raise a ValueError for the first prompt that is neither text nor messages."""
     if not hasattr(rows, "__len__"):
         return  # a stream is checked as it is read
-    for number, prompt in enumerate(rows["prompt"]):
+    try:
+        prompts = list(rows["prompt"])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{spec!r} is not text in UTF-8: {error}. Convert the file.") from None
+    for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str | list):
             raise ValueError(
                 f"Row {number} of {spec!r} has the prompt {prompt!r} ({type(prompt).__name__}). A "

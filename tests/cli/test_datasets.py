@@ -89,8 +89,12 @@ def test_a_missing_file_and_an_unreadable_one_are_named(file, tmp_path):
         load_rows("nowhere.jsonl")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": ')
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"broken.jsonl can't be read as json"):
         load_rows(str(broken))
+    with pytest.raises(ValueError, match=r"latin.jsonl' is not text in UTF-8"):
+        load_rows(str(latin))
 
 
 def test_a_name_that_is_nowhere_is_told_from_a_file_and_a_task(monkeypatch):
