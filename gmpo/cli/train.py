@@ -28,6 +28,7 @@ from gmpo.reward.by_name import find_reward
 from gmpo.reward.check import check_weights
 from gmpo.reward.functions import FunctionReward
 from gmpo.reward.reasoning_gym import PREFIX, evaluation_settings
+from gmpo.run.folder import refuse_folder_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def run(arguments: Sequence[str]) -> None:
 def dry_run(script: ScriptOptions, config: GRPOConfig) -> str:
     """Return the plan of the run, with everything checked that needs no weights."""
     check_path(str(script.model))
+    refuse_folder_of_model(script.model, config.output_dir)
     rewards = [find_reward(spec) for spec in reward_specs(script)]
     check_weights(config.reward_weights, len(rewards))
     checkpoint_to_resume(script)

@@ -367,6 +367,10 @@ def test_a_dry_run_looks_at_model_and_rewards_too(tmp_path, capsys):
             "has 2 weights",
         ),
         (["--model", "m", "--reward", "bare_number", "--peft", "{rank: 8}"], "no option 'rank'"),
+        (
+            ["--model", str(tmp_path), "--reward", "bare_number", "--output_dir", str(tmp_path)],
+            "holds the model",
+        ),
     ):
         assert main([*start, *wrong]) == 2
         assert told in capsys.readouterr().err
