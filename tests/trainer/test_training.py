@@ -409,9 +409,7 @@ def test_gradients_of_a_step_are_those_of_the_paper(make_trainer):
 
 def test_in_mixed_precision_completions_are_sampled_in_it(make_trainer):
     """The Trainer's `compute_loss_context_manager` is empty: accelerate wraps only the forward."""
-    engine = make_trainer(bf16=True, use_cpu=True).stages.engine
-    with engine.shared.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    engine = make_trainer(bf16=False).stages.engine
-    with engine.shared.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    for bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        for engine in make_trainer(bf16=bf16, use_cpu=True).stages.engine.engines:
+            with engine.autocast():
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
