@@ -23,6 +23,7 @@ from gmpo.reward.types import RewardSource
 from gmpo.rollout.prompts.dataset import check_dataset
 from gmpo.rollout.prompts.encoder import PromptEncoder
 from gmpo.rollout.prompts.lengths import fitting
+from gmpo.types import AnyDataset, is_map_style
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -153,7 +154,9 @@ def tokenizer_of(
 
 
 def usable_prompts(
-    train_dataset: Any, eval_dataset: Any, encoder: PromptEncoder
+    train_dataset: AnyDataset | None,
+    eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None,
+    encoder: PromptEncoder,
 ) -> tuple[Any, Any]:
     """Check presence, form and length of the prompts, and return the datasets to use.
 
@@ -207,7 +210,7 @@ def check_kind(dataset: object, name: str) -> None:
     raise TypeError(f"{name} is a {kind}, which is not a dataset of rows. {remedy}.")
 
 
-def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:
+def check_datasets(train_dataset: AnyDataset | None, args: GRPOConfig) -> CollectionSize:
     """Check the number of the prompts, and return the sizes of a collection.
 
     Raises:
@@ -218,7 +221,7 @@ def check_datasets(train_dataset: Any, args: GRPOConfig) -> CollectionSize:
     )
     if train_dataset is None:
         return collection
-    if hasattr(train_dataset, "__len__"):
+    if is_map_style(train_dataset):
         collection.require(len(train_dataset))
         return collection
 
@@ -259,7 +262,9 @@ def check_tokens(encoder: PromptEncoder) -> None:
             )
 
 
-def check_reward_columns(sources: list[RewardSource], train_dataset: Any, args: GRPOConfig) -> None:
+def check_reward_columns(
+    sources: list[RewardSource], train_dataset: AnyDataset | None, args: GRPOConfig
+) -> None:
     """Raise a ValueError if a reward function needs a column that is not in the training set."""
     rows = kept_columns(train_dataset, remove_unused=bool(args.remove_unused_columns))
     columns = getattr(rows, "column_names", None)
@@ -268,7 +273,7 @@ def check_reward_columns(sources: list[RewardSource], train_dataset: Any, args: 
             source.check_columns(columns)
 
 
-def named_datasets(eval_dataset: Any) -> dict[str, Any]:
+def named_datasets(eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None) -> dict[str, Any]:
     """Return the evaluation sets by the names that messages give them."""
     if eval_dataset is None:
         return {}

@@ -8,7 +8,7 @@ chunk (`training_step`).
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -55,7 +55,7 @@ from gmpo.run.folder import refuse_folder_of_model
 from gmpo.run.resumable import ResumableTrainer, WholeSteps
 from gmpo.sharding import keep_sums_in_float32
 from gmpo.stages import BetweenSteps, Stages
-from gmpo.types import Statistics
+from gmpo.types import AnyDataset, Statistics
 from gmpo.unwrap import is_adapted
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ class GRPOTrainer(ResumableTrainer):
         model: str | os.PathLike[str] | nn.Module,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: object = None,
         callbacks: list[TrainerCallback] | None = None,

@@ -15,17 +15,37 @@ H hidden.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from gmpo.token_sets import TokenSets
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 Messages = list[dict[str, Any]]
 Number = float | Tensor  # a plain number or a scalar tensor, on any device
+
+
+class MapStyleDataset(Protocol):
+    """A dataset with a length and rows by number: a `datasets.Dataset`, a list of dicts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+# A dataset as the trainers take it: map-style, or a stream that can be read again and again.
+AnyDataset = MapStyleDataset | Iterable[Mapping[str, Any]]
+
+
+def is_map_style(dataset: object) -> "TypeIs[MapStyleDataset]":
+    """Return whether a dataset is map-style; a stream has no length."""
+    return hasattr(dataset, "__len__")
 
 
 class DatasetRow(dict[str, Any]):

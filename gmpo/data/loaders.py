@@ -13,6 +13,7 @@ from gmpo.data.sampler import (
     StreamedRows,
     as_rows,
 )
+from gmpo.types import AnyDataset, MapStyleDataset, is_map_style
 
 PROMPT_COLUMNS = ("prompt", "chat_template_kwargs")  # that gmpo itself reads
 
@@ -28,7 +29,7 @@ class EpochListener(Protocol):
 class PromptRows(Dataset):
     """A map-style dataset without the columns that gmpo itself does not read."""
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: MapStyleDataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -46,7 +47,7 @@ def kept_columns(dataset: Any, *, remove_unused: bool) -> Any:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and hasattr(dataset, "select_columns"):
         return dataset.select_columns([name for name in PROMPT_COLUMNS if name in columns])
-    if hasattr(dataset, "__len__"):
+    if is_map_style(dataset):
         return PromptRows(dataset)
     raise ValueError(
         f"remove_unused_columns=True can't take columns from a {type(dataset).__name__}, whose "
@@ -111,7 +112,7 @@ def evaluation_dataset(given: Any, datasets: Any) -> Any:
 
 
 def evaluation_loader(
-    dataset: Any, *, group_size: int, rows_per_rank: int, args: TrainingArguments
+    dataset: AnyDataset, *, group_size: int, rows_per_rank: int, args: TrainingArguments
 ) -> DataLoader:
     """Return a loader of every prompt of the dataset, `group_size` times in a row, for this rank.
 
@@ -124,7 +125,7 @@ def evaluation_loader(
     """
     rows = rows_per_rank * args.world_size
     batch = CollectionSize(group_size, max(rows - rows % group_size, group_size), micro_steps=1)
-    if not hasattr(dataset, "__len__"):
+    if not is_map_style(dataset):
         dataset = list(dataset)
 
     sampler = EvalSampler(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gmpo.types import DatasetRow
+from gmpo.types import DatasetRow, MapStyleDataset
 
 Row = dict[str, Any]
 
@@ -18,7 +18,7 @@ class ReplacementPrompts:
         dataset: Has a length, and gives rows with a `prompt`.
     """
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: MapStyleDataset):
         self.dataset = dataset
 
     def draw(self, count: int, *, without: set[str], seed: int) -> list[Row]:

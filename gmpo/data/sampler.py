@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from gmpo.types import DatasetRow
+from gmpo.types import DatasetRow, MapStyleDataset
 
 Item = TypeVar("Item")
 
@@ -136,7 +136,7 @@ class KeyedRows(Dataset):
     Each distinct row is read once per batch, so that rows of a group are one object.
     """
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: MapStyleDataset):
         self.dataset = dataset
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from gmpo.config import GRPOConfig
 from gmpo.data.loaders import PROMPT_COLUMNS
 from gmpo.run.checkpoint import DamagedCheckpoint, State, digest_of, read_manifest
 from gmpo.sharding import WRAPPERS
+from gmpo.types import is_map_style
 
 FIXED = {  # what the place in the data, or the optimizer's state, depends on
     "per_device_train_batch_size": "sizes of a checkpoint's collection",
@@ -34,7 +35,7 @@ OF_GROUPS = {  # option -> where the optimizer's parameter groups keep it
 PACKAGES = ("gmpo", "torch", "transformers", "accelerate", "peft")
 
 
-def facts_of(args: GRPOConfig, policy: nn.Module, dataset: Any) -> State:
+def facts_of(args: GRPOConfig, policy: nn.Module, dataset: object) -> State:
     """Return what a manifest tells of a run: its options, model, data, ranks and versions."""
     shapes = {}
     for name, parameter in policy.named_parameters():
@@ -124,9 +125,9 @@ def apply_to_optimizer(
         scheduler._last_lr = [group["lr"] for group in groups]
 
 
-def fingerprint(dataset: Any) -> str:
+def fingerprint(dataset: object) -> str:
     """Return a digest of up to 64 prompts, spread over a map-style dataset, and of its length."""
-    if dataset is None or not hasattr(dataset, "__len__"):
+    if not is_map_style(dataset):
         return "stream"
     size = len(dataset)
     places = sorted({round(i * (size - 1) / 63) for i in range(64)}) if size else []

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gmpo.rollout.prompts.messages import is_messages, unsupported_reason, without_nulls
+from gmpo.types import AnyDataset, is_map_style
 
 Row = Mapping[str, Any]
 
@@ -84,7 +85,12 @@ class PromptForm:
         self.conversational = messages
 
 
-def check_dataset(dataset: Any, form: PromptForm, *, name: str = "train_dataset") -> None:
+def check_dataset(
+    dataset: AnyDataset | Mapping[str, AnyDataset] | None,
+    form: PromptForm,
+    *,
+    name: str = "train_dataset",
+) -> None:
     """Check presence and form of every prompt of a dataset, without tokenising.
 
     Of a dataset that is made as it is read (iterable, or with a transform) this looks at the
@@ -101,7 +107,7 @@ def check_dataset(dataset: Any, form: PromptForm, *, name: str = "train_dataset"
             f"{name} is a dict of datasets ({', '.join(splits)}). "
             f"Pass one of them: dataset[{splits[0]}]."
         )
-    if hasattr(dataset, "__len__") and not len(dataset):
+    if is_map_style(dataset) and not len(dataset):
         raise ValueError(f"{name} is empty: there is no prompt.")
 
     columns = getattr(dataset, "column_names", None)
@@ -120,9 +126,9 @@ def check_dataset(dataset: Any, form: PromptForm, *, name: str = "train_dataset"
         raise ValueError(f"{name}: {error}") from None
 
 
-def made_as_read(dataset: Any) -> bool:
+def made_as_read(dataset: object) -> bool:
     """Return whether reading all rows would be work for nothing: a stream, or a transform."""
-    if not hasattr(dataset, "__len__"):
+    if not is_map_style(dataset):
         return True
     return getattr(dataset, "format", {}).get("type") == "custom"
 
