@@ -34,8 +34,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo --cache $(CACHE) $(DEMO_ARGS)
 
+# a file is run by one of two processes, each with one thread: their own would wait for each other
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # vLLM's build for CPUs and DeepSpeed; little memory, since the models are tiny
 test-vllm: $(VLLM)/ready
