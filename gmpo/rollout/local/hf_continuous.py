@@ -178,10 +178,16 @@ def cast_update(update: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., A
     """Return a cache's `update` that takes keys and values of any precision."""
 
     def cast(
-        cache: PagedAttentionCache, key_states: Tensor, value_states: Tensor, **where: Any
+        cache: PagedAttentionCache,
+        key_states: Tensor,
+        value_states: Tensor,
+        *where: Any,
+        **named: Any,
     ) -> tuple[Tensor, Tensor]:
         keys, values = key_states.to(cache.dtype), value_states.to(cache.dtype)
-        return update(cache, key_states=keys, value_states=values, **where)
+        return update(
+            cache, keys, values, *where, **named
+        )  # newer versions give places by position
 
     return cast
 
